@@ -1,0 +1,190 @@
+//! Guest-physical memory: regions of host memory mapped at gpa.
+//!
+//! A region is one `mmap` of the host. Pages are given by the host when they
+//! are first touched. The guest can reach nothing outside the regions mapped
+//! here; an access elsewhere is a device access.
+use crate::error::{EngineError, Result};
+use std::sync::{Arc, RwLock};
+
+/// Size of a guest page in bytes.
+pub const PAGE: u64 = 4096;
+
+/// A block of host memory, zero-filled, page-aligned, released on drop.
+pub struct Region {
+    host: *mut u8,
+    length: usize,
+}
+
+// SAFETY: the region is plain memory that the guest may change at any moment;
+// all access goes through raw copies, never through references.
+unsafe impl Send for Region {}
+// SAFETY: as above.
+unsafe impl Sync for Region {}
+
+impl Region {
+    /// Reserve `length` bytes (a multiple of 4096) of zero-filled memory.
+    pub fn new(length: u64) -> Result<Arc<Self>> {
+        if length == 0 || length % PAGE != 0 {
+            return Err(EngineError::new(
+                "memory-size",
+                format!("guest memory of {length} bytes is not a multiple of 4096"),
+            ));
+        }
+        // SAFETY: a fresh anonymous mapping touches nothing that exists.
+        let host = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                length as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+                -1,
+                0,
+            )
+        };
+        if host == libc::MAP_FAILED {
+            return Err(EngineError::last_os(
+                "host-memory",
+                format!("the host gave no {length} bytes of guest memory"),
+            ));
+        }
+        Ok(Arc::new(Self { host: host.cast(), length: length as usize }))
+    }
+
+    /// First byte in host memory.
+    pub fn host(&self) -> *mut u8 {
+        self.host
+    }
+
+    /// Length in bytes.
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Copy out of the region; false when the range lies outside it.
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
+        if offset.checked_add(into.len()).is_none_or(|end| end > self.length) {
+            return false;
+        }
+        // SAFETY: the range was checked; the guest may race, bytes are bytes.
+        unsafe { std::ptr::copy_nonoverlapping(self.host.add(offset), into.as_mut_ptr(), into.len()) };
+        true
+    }
+
+    /// Copy into the region; false when the range lies outside it.
+    pub fn write(&self, offset: usize, from: &[u8]) -> bool {
+        if offset.checked_add(from.len()).is_none_or(|end| end > self.length) {
+            return false;
+        }
+        // SAFETY: as in `read`.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.host.add(offset), from.len()) };
+        true
+    }
+}
+
+impl Drop for Region {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`, nobody holds the region any more.
+        unsafe { libc::munmap(self.host.cast(), self.length) };
+    }
+}
+
+/// One mapping of (part of) a region at a guest-physical address.
+#[derive(Clone)]
+pub struct Slot {
+    /// First guest-physical address, page-aligned.
+    pub gpa: u64,
+    /// Length in bytes, a multiple of 4096.
+    pub length: u64,
+    /// Host address of the first byte.
+    pub host: *mut u8,
+    /// Guest writes are dropped (ROM).
+    pub readonly: bool,
+    region: Arc<Region>,
+}
+
+// SAFETY: see Region.
+unsafe impl Send for Slot {}
+// SAFETY: see Region.
+unsafe impl Sync for Slot {}
+
+/// The guest-physical address space of one machine.
+#[derive(Default)]
+pub struct GuestMemory {
+    slots: RwLock<Vec<Slot>>,
+}
+
+impl GuestMemory {
+    /// An address space with nothing in it.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self::default())
+    }
+
+    /// Map `length` bytes of `region`, from `offset`, at `gpa`.
+    pub fn map(&self, gpa: u64, region: &Arc<Region>, offset: u64, length: u64, readonly: bool) -> Result<()> {
+        let bad = |why: &str| {
+            EngineError::new("memory-map", format!("mapping {length:#x} bytes at gpa {gpa:#x}: {why}"))
+        };
+        if gpa % PAGE != 0 || length % PAGE != 0 || offset % PAGE != 0 || length == 0 {
+            return Err(bad("not page-aligned"));
+        }
+        if offset.checked_add(length).is_none_or(|end| end > region.length as u64) {
+            return Err(bad("the region is shorter"));
+        }
+        let end = gpa.checked_add(length).ok_or_else(|| bad("wraps around"))?;
+        let mut slots = self.slots.write().unwrap();
+        if slots.iter().any(|s| gpa < s.gpa + s.length && s.gpa < end) {
+            return Err(bad("overlaps memory that is mapped already"));
+        }
+        // SAFETY: offset lies inside the region, checked above.
+        let host = unsafe { region.host.add(offset as usize) };
+        slots.push(Slot { gpa, length, host, readonly, region: region.clone() });
+        slots.sort_by_key(|s| s.gpa);
+        Ok(())
+    }
+
+    /// Remove every mapping inside `[gpa, gpa + length)`.
+    pub fn unmap(&self, gpa: u64, length: u64) {
+        self.slots.write().unwrap().retain(|s| s.gpa < gpa || s.gpa + s.length > gpa + length);
+    }
+
+    /// A copy of the current mappings, sorted by gpa.
+    pub fn slots(&self) -> Vec<Slot> {
+        self.slots.read().unwrap().clone()
+    }
+
+    fn each(&self, gpa: u64, length: usize, mut f: impl FnMut(*mut u8, usize, usize)) -> bool {
+        let slots = self.slots.read().unwrap();
+        let (mut at, mut done) = (gpa, 0usize);
+        while done < length {
+            let Some(s) = slots.iter().find(|s| at >= s.gpa && at - s.gpa < s.length) else { return false };
+            let n = ((s.gpa + s.length - at) as usize).min(length - done);
+            // SAFETY: at lies inside the slot.
+            f(unsafe { s.host.add((at - s.gpa) as usize) }, done, n);
+            done += n;
+            at = at.wrapping_add(n as u64);
+        }
+        true
+    }
+
+    /// Copy from guest-physical memory; false when part of it is not RAM.
+    pub fn read(&self, gpa: u64, into: &mut [u8]) -> bool {
+        let into_ptr = into.as_mut_ptr();
+        // SAFETY: `each` yields ranges inside slots and inside `into`.
+        self.each(gpa, into.len(), |host, at, n| unsafe { std::ptr::copy_nonoverlapping(host, into_ptr.add(at), n) })
+    }
+
+    /// Copy into guest-physical memory (ROM included); false when part of it
+    /// is not RAM. Engines must be told through their own `write`, so that
+    /// translations of changed code are dropped.
+    pub fn write(&self, gpa: u64, from: &[u8]) -> bool {
+        // SAFETY: as in `read`.
+        self.each(gpa, from.len(), |host, at, n| unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(at), host, n) })
+    }
+}
+
+impl Slot {
+    /// The region behind this slot.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+}
