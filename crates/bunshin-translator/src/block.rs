@@ -1,0 +1,293 @@
+//! Translation blocks: where they are, how they are found, linked and dropped.
+use crate::vcpu::Vcpu;
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+
+/// Multiplicative hash for keys that are numbers.
+#[derive(Default, Clone, Copy)]
+pub struct NumberHasher(u64);
+
+impl Hasher for NumberHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+    fn write_u64(&mut self, v: u64) {
+        self.0 = (self.0.rotate_left(5) ^ v).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    }
+    fn write_u32(&mut self, v: u32) {
+        self.write_u64(u64::from(v));
+    }
+    fn write_usize(&mut self, v: usize) {
+        self.write_u64(v as u64);
+    }
+}
+
+pub type NumberMap<K, V> = HashMap<K, V, BuildHasherDefault<NumberHasher>>;
+
+/// What makes two pieces of guest code the same translation.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Key {
+    pub gpa: u64,
+    pub va: u64,
+    pub mode: u32,
+}
+
+/// Host offset to guest instruction, for faults and slow accesses.
+#[derive(Clone, Copy, Debug)]
+pub struct Point {
+    /// Offset of the first host byte from the block's start.
+    pub host: u32,
+    /// Offset of the guest instruction from the block's rip.
+    pub guest: u16,
+    /// The guest's flags are in the host's register when the copied
+    /// instruction runs; else in `cpu.lazy`.
+    pub host_flags: bool,
+}
+
+pub struct Block {
+    pub key: Key,
+    /// gpa of the second page, if the only instruction crosses into it.
+    pub second: Option<u64>,
+    /// Guest bytes.
+    pub length: u16,
+    pub dead: bool,
+    pub host: u64,
+    pub host_length: u32,
+    /// Entry for indirect jumps: checks that r8 is this block's rip.
+    pub checked: u64,
+    /// Entry for linked jumps.
+    pub body: u64,
+    pub points: Box<[Point]>,
+    /// Further byte ranges of the page that the translation relied on.
+    pub relied: Vec<(u16, u16)>,
+    /// First of the sites that jump here (`Site::next`), or `NONE`.
+    pub incoming: u32,
+}
+
+/// A direct jump at the end of a block.
+pub struct Site {
+    /// Address of its rel32.
+    pub patch: u64,
+    /// Where it goes while not linked.
+    pub stub: u64,
+    pub target: u64,
+    pub linked: bool,
+    /// Target page differs from the block's page.
+    pub far: bool,
+    /// Block whose list of incoming sites this one is in, and the next in it.
+    /// A site that is unlinked stays in its lists.
+    pub listed: u32,
+    pub next: u32,
+    /// In the list of far links, and the next in it.
+    pub listed_far: bool,
+    pub next_far: u32,
+}
+
+/// End of a list of sites. The lists are intrusive because linking happens
+/// where no memory may be allocated.
+pub const NONE: u32 = u32::MAX;
+
+pub struct Blocks {
+    /// In order of host address.
+    pub all: Vec<Block>,
+    pub index: NumberMap<Key, u32>,
+    /// Live blocks by page (index in `Phys::info`).
+    pub by_page: NumberMap<usize, Vec<u32>>,
+    pub sites: Vec<Site>,
+    /// First of the linked sites that cross pages.
+    pub far_links: u32,
+}
+
+impl Default for Blocks {
+    fn default() -> Self {
+        Self {
+            all: Vec::new(),
+            index: NumberMap::default(),
+            by_page: NumberMap::default(),
+            sites: Vec::new(),
+            far_links: NONE,
+        }
+    }
+}
+
+impl Blocks {
+    /// The block that holds host address `pc`, and the point at or before it.
+    pub fn locate(&self, pc: u64) -> Option<(&Block, Point)> {
+        let n = self.all.partition_point(|b| b.host <= pc);
+        let b = self.all.get(n.checked_sub(1)?)?;
+        let off = pc - b.host;
+        if off >= u64::from(b.host_length) {
+            return None;
+        }
+        let p = b.points.partition_point(|p| u64::from(p.host) <= off);
+        Some((b, *b.points.get(p.checked_sub(1)?)?))
+    }
+}
+
+impl Vcpu {
+    /// Find the translation for `rip` in the current mode; None if there is none
+    /// or the address does not translate.
+    pub fn find_block(&mut self, rip: u64) -> Option<u32> {
+        let va = self.linear_rip(rip);
+        let m = self.walk(va, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
+        let gpa = m.gpa | (va & 0xfff);
+        let mode = self.mode();
+        let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
+        if let Some(second) = self.blocks.all[id as usize].second {
+            let next = (va & !0xfff).wrapping_add(4096);
+            let m2 = self.walk(next, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
+            if m2.gpa != second {
+                return None;
+            }
+        }
+        if !m.global {
+            self.nonglobal_code |= self.region == 0;
+        }
+        Some(id)
+    }
+
+    /// Code for an indirect jump to `rip`; 0 if it must be translated first.
+    pub fn lookup(&mut self, rip: u64) -> u64 {
+        self.counters.lookups += 1;
+        match self.find_block(rip) {
+            Some(id) => {
+                let b = &self.blocks.all[id as usize];
+                if b.second.is_none() {
+                    self.regions.all[self.region].jc_set(rip, b.checked, self.stubs.lookup);
+                }
+                b.body
+            }
+            None => 0,
+        }
+    }
+
+    /// Code for the direct jump `site` to `rip`, linking it where that is valid.
+    pub fn link(&mut self, rip: u64, site: u32) -> u64 {
+        let Some(id) = self.find_block(rip) else { return 0 };
+        self.link_to(site, id);
+        self.blocks.all[id as usize].body
+    }
+
+    pub fn link_to(&mut self, site: u32, id: u32) {
+        let b = &mut self.blocks.all[id as usize];
+        let Some(s) = self.blocks.sites.get_mut(site as usize) else { return };
+        if s.target != b.key.va || b.second.is_some() || s.linked || b.dead || (s.listed != NONE && s.listed != id) {
+            return;
+        }
+        s.linked = true;
+        if s.listed == NONE {
+            s.listed = id;
+            s.next = std::mem::replace(&mut b.incoming, site);
+        }
+        if s.far && !s.listed_far {
+            s.listed_far = true;
+            s.next_far = std::mem::replace(&mut self.blocks.far_links, site);
+        }
+        let (patch, body) = (s.patch, b.body);
+        self.cache.patch(patch, body);
+        self.counters.links += 1;
+    }
+
+    fn unlink(&mut self, site: u32) {
+        let s = &mut self.blocks.sites[site as usize];
+        if s.linked {
+            s.linked = false;
+            let (patch, stub) = (s.patch, s.stub);
+            self.cache.patch(patch, stub);
+        }
+    }
+
+    /// Undo every link between pages: some code page may be mapped elsewhere now.
+    pub fn unlink_far(&mut self) {
+        let mut at = std::mem::replace(&mut self.blocks.far_links, NONE);
+        while at != NONE {
+            let s = &mut self.blocks.sites[at as usize];
+            s.listed_far = false;
+            let next = s.next_far;
+            self.unlink(at);
+            at = next;
+        }
+    }
+
+    fn kill(&mut self, id: u32) {
+        let b = &mut self.blocks.all[id as usize];
+        if b.dead {
+            return;
+        }
+        b.dead = true;
+        let (key, checked) = (b.key, b.checked);
+        let mut at = std::mem::replace(&mut b.incoming, NONE);
+        b.relied = Vec::new();
+        while at != NONE {
+            let s = &mut self.blocks.sites[at as usize];
+            s.listed = NONE;
+            let next = s.next;
+            self.unlink(at);
+            at = next;
+        }
+        self.blocks.index.remove(&key);
+        let miss = self.stubs.lookup;
+        for r in &mut self.regions.all {
+            r.jc_drop(key.va, checked, miss);
+        }
+        self.counters.killed += 1;
+    }
+
+    /// Guest memory `[gpa, gpa + length)` inside one page is about to change:
+    /// drop the translations that were made from it.
+    pub fn code_changed(&mut self, gpa: u64, length: u64) {
+        let Some(page) = self.phys.page(gpa) else { return };
+        if !self.phys.info[page].code {
+            return;
+        }
+        self.counters.code_writes += 1;
+        let Some(mut ids) = self.blocks.by_page.remove(&page) else {
+            self.phys.info[page].code = false;
+            return;
+        };
+        let (from, to) = (gpa & 0xfff, (gpa & 0xfff) + length);
+        let page_gpa = gpa & !0xfff;
+        let hit = |b: &Block| {
+            let start = if b.key.gpa & !0xfff == page_gpa { b.key.gpa & 0xfff } else { 0 };
+            let end = if b.second == Some(page_gpa) {
+                (b.key.gpa & 0xfff) + u64::from(b.length) - 4096
+            } else {
+                start + u64::from(b.length)
+            };
+            start < to && from < end
+                || b.relied.iter().any(|&(s, e)| u64::from(s) < to && from < u64::from(e))
+        };
+        let killed: Vec<u32> = ids.iter().copied().filter(|&i| hit(&self.blocks.all[i as usize])).collect();
+        for &i in &killed {
+            self.kill(i);
+        }
+        ids.retain(|&i| !self.blocks.all[i as usize].dead);
+        if ids.is_empty() {
+            self.phys.info[page].code = false;
+        } else {
+            self.blocks.by_page.insert(page, ids);
+        }
+    }
+
+    /// Forget every translation.
+    pub fn flush_code(&mut self) {
+        self.blocks = Blocks::default();
+        self.helpers.clear();
+        self.snippets.clear();
+        self.cache.flush();
+        for p in &mut self.phys.info {
+            p.code = false;
+        }
+        let miss = self.stubs.lookup;
+        for r in &mut self.regions.all {
+            r.flush_jc(miss);
+        }
+        self.nonglobal_code = false;
+        self.counters.cache_flushes += 1;
+    }
+}

@@ -1,0 +1,105 @@
+//! The code cache: one stretch of host memory, mapped twice.
+//!
+//! Translations are written through one mapping (read, write) and run through
+//! the other (read, execute), so no page can be written and executed at the
+//! same address.
+use bunshin_core::{EngineError, Result};
+
+pub struct CodeCache {
+    rw: *mut u8,
+    rx: *mut u8,
+    size: usize,
+    used: usize,
+    /// Stubs lie below; a flush keeps them.
+    floor: usize,
+}
+
+// SAFETY: owned memory, used by one vCPU thread at a time.
+unsafe impl Send for CodeCache {}
+
+impl CodeCache {
+    pub fn new(size: usize) -> Result<Self> {
+        // SAFETY: plain system calls on fresh mappings.
+        unsafe {
+            let fd = libc::memfd_create(c"bunshin-code".as_ptr(), libc::MFD_CLOEXEC);
+            if fd < 0 {
+                return Err(EngineError::last_os("host-memory", "no memory file for the code cache"));
+            }
+            if libc::ftruncate(fd, size as libc::off_t) != 0 {
+                libc::close(fd);
+                return Err(EngineError::last_os("host-memory", "the code cache"));
+            }
+            let map = |prot| libc::mmap(std::ptr::null_mut(), size, prot, libc::MAP_SHARED, fd, 0);
+            let rw = map(libc::PROT_READ | libc::PROT_WRITE);
+            let rx = map(libc::PROT_READ | libc::PROT_EXEC);
+            libc::close(fd);
+            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
+                return Err(EngineError::last_os("host-memory", "the host refused executable memory"));
+            }
+            Ok(Self { rw: rw.cast(), rx: rx.cast(), size, used: 0, floor: 0 })
+        }
+    }
+
+    /// Host address range of executable code.
+    pub fn range(&self) -> (u64, u64) {
+        (self.rx as u64, self.rx as u64 + self.size as u64)
+    }
+
+    /// Executable address of the next byte to be written.
+    pub fn next(&self) -> u64 {
+        self.rx as u64 + self.used as u64
+    }
+
+    pub fn room(&self) -> usize {
+        self.size - self.used
+    }
+
+    pub fn used(&self) -> usize {
+        self.used
+    }
+
+    /// The next `length` bytes, writable; they are taken.
+    pub fn take(&mut self, length: usize) -> &mut [u8] {
+        assert!(length <= self.room());
+        let at = self.used;
+        self.used = (self.used + length + 15) & !15;
+        self.used = self.used.min(self.size);
+        // SAFETY: inside the mapping; nobody else holds this part.
+        unsafe { std::slice::from_raw_parts_mut(self.rw.add(at), length) }
+    }
+
+    /// Everything written so far stays for ever.
+    pub fn keep(&mut self) {
+        self.floor = self.used;
+    }
+
+    /// Forget all translations. The pages go back to the host.
+    pub fn flush(&mut self) {
+        let from = (self.floor + 4095) & !4095;
+        if self.used > from {
+            // SAFETY: inside the mapping.
+            unsafe { libc::madvise(self.rw.add(from).cast(), self.used - from, libc::MADV_REMOVE) };
+        }
+        self.used = self.floor;
+    }
+
+    /// Redirect the `jmp`/`jcc` whose rel32 lies at executable address `site`.
+    pub fn patch(&mut self, site: u64, target: u64) {
+        let rel = target.wrapping_sub(site + 4) as i32;
+        let off = (site - self.rx as u64) as usize;
+        debug_assert!(off + 4 <= self.size);
+        // SAFETY: inside the mapping; an aligned or single-cache-line store is
+        // not needed because only this thread executes the code.
+        unsafe { self.rw.add(off).cast::<i32>().write_unaligned(rel) };
+    }
+}
+
+impl Drop for CodeCache {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `new`.
+        unsafe {
+            libc::munmap(self.rw.cast(), self.size);
+            libc::munmap(self.rx.cast(), self.size);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! CPUID as the guest sees it: the host's, less what is not offered, plus a
+//! hypervisor's leaves that tell the TSC rate (KVM's interface, which Linux
+//! reads without calibration).
+use crate::vcpu::Vcpu;
+use std::arch::x86_64::__cpuid_count;
+
+/// eax, ebx, ecx, edx.
+pub type Regs = [u32; 4];
+
+pub struct Table {
+    cpus: u32,
+    max: u32,
+    max_ext: u32,
+}
+
+fn host(leaf: u32, sub: u32) -> Regs {
+    let r = __cpuid_count(leaf, sub);
+    [r.eax, r.ebx, r.ecx, r.edx]
+}
+
+fn bits(list: &[u32]) -> u32 {
+    list.iter().fold(0, |m, &b| m | 1 << b)
+}
+
+impl Table {
+    pub fn new(cpus: u32) -> Self {
+        let max = host(0, 0)[0].min(0x16);
+        let max_ext = host(0x8000_0000, 0)[0].min(0x8000_0021);
+        Self { cpus, max, max_ext }
+    }
+
+    /// One leaf as processor `v` answers it.
+    pub fn get(&self, leaf: u32, sub: u32, v: &Vcpu) -> Regs {
+        let id = v.index;
+        let c = v.cpu();
+        match leaf {
+            0 => {
+                let h = host(0, 0);
+                [self.max, h[1], h[2], h[3]]
+            }
+            1 => {
+                let h = host(1, 0);
+                let mut ecx = h[2]
+                    & bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
+                ecx |= bits(&[17, 21, 24, 31]); // PCID, x2APIC, TSC deadline, hypervisor
+                if c.cr4 & (1 << 18) != 0 {
+                    ecx |= 1 << 27;
+                }
+                let mut edx = h[3] & !bits(&[7, 14, 18, 21, 22, 27, 29, 30, 31]);
+                edx = (edx & !(1 << 28)) | 1 << 9 | if self.cpus > 1 { 1 << 28 } else { 0 };
+                let apic_on = v.chips_enabled();
+                if !apic_on {
+                    edx &= !(1 << 9);
+                }
+                [h[0], (h[1] & 0xff00) | (self.cpus << 16) | (id << 24), ecx, edx]
+            }
+            2 => host(2, 0),
+            4 => {
+                let mut h = host(4, sub);
+                // one core, caches not shared
+                h[0] &= 0x3fff;
+                if h[0] & 31 != 0 {
+                    h[0] |= (self.cpus - 1) << 26;
+                }
+                h
+            }
+            6 => [4, 0, 0, 0],
+            7 if sub == 0 => {
+                let h = host(7, 0);
+                let mut ebx = h[1]
+                    & bits(&[0, 3, 5, 7, 8, 9, 10, 16, 17, 18, 19, 20, 21, 23, 24, 26, 27, 28, 29, 30, 31]);
+                // FSGSBASE SMEP INVPCID SMAP are ours
+                ebx |= bits(&[0, 7, 10, 20]);
+                ebx |= 1 << 1; // TSC_ADJUST
+                let mut ecx = h[2] & bits(&[1, 6, 8, 9, 10, 11, 12, 14, 22]);
+                ecx |= 1 << 2; // UMIP
+                let edx = h[3] & bits(&[2, 3, 4, 8, 23]);
+                [1, ebx, ecx, edx]
+            }
+            7 if sub == 1 => {
+                let h = host(7, 1);
+                [h[0] & bits(&[4, 5, 10, 11, 12, 23]), 0, 0, 0]
+            }
+            0xb => match sub {
+                0 => [0, 1, 0x100, id],
+                1 => [(32 - (self.cpus - 1).leading_zeros()).max(1), self.cpus, 0x201, id],
+                _ => [0, 0, sub, id],
+            },
+            0xd => self.xsave(sub, v),
+            0x15 => {
+                // crystal of 1 GHz would need a ratio; give kHz through leaf 16 and KVM's
+                let hz = bunshin_core::clock::tsc_hz();
+                let crystal = 24_000_000u64;
+                // TSC = crystal * ebx / eax, as near as 32 bits allow
+                let den = 1_000_000u64;
+                [den as u32, (hz * den / crystal) as u32, crystal as u32, 0]
+            }
+            0x16 => {
+                let mhz = (bunshin_core::clock::tsc_hz() / 1_000_000) as u32;
+                [mhz, mhz, 100, 0]
+            }
+            0x4000_0000 => {
+                let s = b"KVMKVMKVM\0\0\0";
+                let w = |k: usize| u32::from_le_bytes([s[k], s[k + 1], s[k + 2], s[k + 3]]);
+                [0x4000_0010, w(0), w(4), w(8)]
+            }
+            // CLOCKSOURCE2, CLOCKSOURCE_STABLE, NOP_IO_DELAY
+            0x4000_0001 => [bits(&[1, 3, 24]), 0, 0, 0],
+            0x4000_0010 => [(bunshin_core::clock::tsc_hz() / 1000) as u32, 1_000_000, 0, 0],
+            0x8000_0000 => {
+                let h = host(leaf, 0);
+                [self.max_ext, h[1], h[2], h[3]]
+            }
+            0x8000_0001 => {
+                let h = host(leaf, 0);
+                let ecx = h[2] & bits(&[0, 5, 6, 7, 8, 11, 16, 21]);
+                let mut edx = h[3] & !bits(&[7, 14, 18, 21, 28]);
+                edx |= bits(&[11, 20, 26, 27, 29]);
+                [h[0], h[1] & 0xffff_0000, ecx, edx]
+            }
+            0x8000_0002..=0x8000_0006 => host(leaf, 0),
+            0x8000_0007 => [0, 0, 0, 1 << 8],
+            0x8000_0008 => {
+                let h = host(leaf, 0);
+                [(h[0] & 0xff00) | 46, 0, self.cpus - 1, 0]
+            }
+            0x8000_001a if leaf <= self.max_ext => host(leaf, 0),
+            0x8000_001d if leaf <= self.max_ext => {
+                let mut h = host(leaf, sub);
+                h[0] &= 0x3fff;
+                h
+            }
+            0x8000_001e => [id, id, 0, 0],
+            // LFENCE serialises, null selector clears base
+            0x8000_0021 => [host(leaf, 0)[0] & bits(&[0, 2, 6]), 0, 0, 0],
+            _ => [0; 4],
+        }
+    }
+
+    /// Leaf 0xD: sizes for the components that are offered.
+    fn xsave(&self, sub: u32, v: &Vcpu) -> Regs {
+        let mask = crate::host::xsave_mask();
+        match sub {
+            0 => {
+                let size = |m: u64| {
+                    (2..63).filter(|n| m & (1 << n) != 0).map(|n| {
+                        let h = host(0xd, n);
+                        h[1] + h[0]
+                    }).max().unwrap_or(0).max(576)
+                };
+                [mask as u32, size(v.cpu().xcr0), size(mask), (mask >> 32) as u32]
+            }
+            1 => {
+                // XSAVEOPT, XSAVEC, XGETBV(1), XSAVES
+                let h = host(0xd, 1);
+                let xcr0 = v.cpu().xcr0;
+                let mut size = 576;
+                for n in 2..63 {
+                    if xcr0 & (1 << n) != 0 {
+                        let h = host(0xd, n);
+                        if h[2] & 2 != 0 {
+                            size = (size + 63) & !63;
+                        }
+                        size += h[0];
+                    }
+                }
+                [h[0] & 0xf, size, 0, 0]
+            }
+            n if n < 63 && mask & (1 << n) != 0 => {
+                let h = host(0xd, n);
+                [h[0], h[1], h[2] & 2, 0]
+            }
+            _ => [0; 4],
+        }
+    }
+}

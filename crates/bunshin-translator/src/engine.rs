@@ -1,0 +1,170 @@
+//! The translator behind the engine boundary.
+use crate::mmu::{Kind, Phys, Who};
+use crate::vcpu::{Shared, Vcpu as Cpu};
+use crate::{cpuid, host};
+use bunshin_core::chips::Chips;
+use bunshin_core::{clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu};
+use std::sync::{Arc, Mutex, OnceLock};
+
+/// An address whose writes signal an eventfd.
+#[derive(Clone, Copy)]
+pub struct Doorbell {
+    pub address: u64,
+    pub size: u8,
+    pub value: Option<u64>,
+    pub event: i32,
+}
+
+/// Processors in software, their interrupt controllers and memory map.
+pub struct TranslatorEngine {
+    memory: Arc<GuestMemory>,
+    chips: Arc<Chips>,
+    cpuid: Arc<cpuid::Table>,
+    cpus: Vec<OnceLock<Arc<Shared>>>,
+    taken: Mutex<Vec<bool>>,
+    doorbells: Arc<Mutex<Vec<Doorbell>>>,
+}
+
+impl TranslatorEngine {
+    /// An engine for `cpus` processors.
+    pub fn new(cpus: u32) -> Result<Arc<Self>> {
+        let missing: Vec<_> =
+            host::features().into_iter().filter(|(n, on)| !on && host::REQUIRED.contains(n)).map(|(n, _)| n).collect();
+        if !missing.is_empty() {
+            return Err(EngineError::new(
+                "host-processor",
+                format!("the translator needs {} of the host processor and kernel", missing.join(", ")),
+            ));
+        }
+        if cpus != 1 {
+            return Err(EngineError::new("cpus", format!("{cpus} processors asked for; this version runs 1")));
+        }
+        let engine = Arc::new_cyclic(|me: &std::sync::Weak<Self>| {
+            let me = me.clone();
+            let kick = Box::new(move |n: u32| {
+                if let Some(e) = me.upgrade() {
+                    if let Some(s) = e.cpus.get(n as usize).and_then(OnceLock::get) {
+                        s.poke();
+                    }
+                }
+            });
+            Self {
+                memory: GuestMemory::new(),
+                chips: Chips::new(cpus, clock::tsc_hz(), kick),
+                cpuid: Arc::new(cpuid::Table::new(cpus)),
+                cpus: (0..cpus).map(|_| OnceLock::new()).collect(),
+                taken: Mutex::new(vec![false; cpus as usize]),
+                doorbells: Arc::default(),
+            }
+        });
+        Ok(engine)
+    }
+}
+
+impl Engine for TranslatorEngine {
+    fn name(&self) -> &'static str {
+        "translator"
+    }
+
+    fn vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>> {
+        let mut taken = self.taken.lock().unwrap();
+        match taken.get_mut(index as usize) {
+            None => return Err(EngineError::new("cpus", format!("there is no processor {index}"))),
+            Some(t) if *t => return Err(EngineError::new("cpus", format!("processor {index} is taken already"))),
+            Some(t) => *t = true,
+        }
+        let mut shared = None;
+        let mut v = Cpu::new(index, Phys::new(self.memory.slots()), self.chips.clone(), self.cpuid.clone(), &mut shared)?;
+        v.doorbells = self.doorbells.clone();
+        let _ = self.cpus[index as usize].set(shared.unwrap());
+        Ok(Box::new(Handle(v)))
+    }
+
+    fn map(&self, gpa: u64, region: &Arc<Region>, offset: u64, length: u64, readonly: bool) -> Result<()> {
+        if self.taken.lock().unwrap().iter().any(|&t| t) {
+            return Err(EngineError::new("memory-map", "memory is mapped before the first processor is taken"));
+        }
+        self.memory.map(gpa, region, offset, length, readonly)
+    }
+
+    fn unmap(&self, gpa: u64, length: u64) -> Result<()> {
+        if self.taken.lock().unwrap().iter().any(|&t| t) {
+            return Err(EngineError::new("memory-map", "memory cannot be unmapped while processors exist"));
+        }
+        self.memory.unmap(gpa, length);
+        Ok(())
+    }
+
+    fn read(&self, gpa: u64, into: &mut [u8]) -> bool {
+        self.memory.read(gpa, into)
+    }
+
+    fn write(&self, gpa: u64, from: &[u8]) -> bool {
+        let done = self.memory.write(gpa, from);
+        for s in self.cpus.iter().filter_map(OnceLock::get) {
+            s.changed.lock().unwrap().push((gpa, from.len() as u64));
+            s.poke();
+        }
+        done
+    }
+
+    fn set_irq(&self, gsi: u32, level: bool) {
+        self.chips.set_irq(gsi, level);
+    }
+
+    fn send_msi(&self, address: u64, data: u32) {
+        self.chips.send_msi(address, data);
+    }
+
+    fn doorbell(&self, address: u64, size: u8, value: Option<u64>, event: i32) -> Result<()> {
+        if !matches!(size, 1 | 2 | 4 | 8) {
+            return Err(EngineError::new("doorbell", format!("a doorbell of {size} bytes, expected 1, 2, 4 or 8")));
+        }
+        self.doorbells.lock().unwrap().push(Doorbell { address, size, value, event });
+        Ok(())
+    }
+
+    fn take_dirty(&self, _gpa: u64, _length: u64) -> Result<Vec<u8>> {
+        Err(EngineError::new("dirty-log", "this version keeps no dirty log"))
+    }
+
+    fn tsc_hz(&self) -> u64 {
+        clock::tsc_hz()
+    }
+}
+
+struct Handle(Box<Cpu>);
+
+impl Vcpu for Handle {
+    fn run(&mut self, reply: Reply) -> Exit {
+        self.0.run(reply)
+    }
+
+    fn complete(&mut self, reply: Reply) {
+        self.0.complete(reply);
+    }
+
+    fn state(&mut self) -> CpuState {
+        self.0.state()
+    }
+
+    fn set_state(&mut self, state: &CpuState) -> Result<()> {
+        self.0.set_state(state)
+    }
+
+    fn kicker(&self) -> Arc<dyn Kicker> {
+        self.0.shared.clone()
+    }
+
+    fn translate(&mut self, gva: u64) -> Option<u64> {
+        // A look from outside leaves no trace in CR2; accessed bits may be set.
+        let m = self.0.walk(gva, Who::System, Kind::Read).or_else(|_| self.0.walk(gva, Who::User, Kind::Read)).ok()?;
+        Some(m.gpa | (gva & 0xfff))
+    }
+
+    fn stats(&self) -> Vec<(&'static str, u64)> {
+        let mut s = self.0.counters.list();
+        s.push(("code_bytes", self.0.cache.used() as u64));
+        s
+    }
+}

@@ -1,0 +1,51 @@
+//! What the host processor and kernel offer.
+use std::arch::x86_64::{__cpuid, __cpuid_count};
+use std::sync::OnceLock;
+
+/// State components that belong to the guest: x87, SSE, AVX, AVX-512, as far
+/// as the host's kernel enables them.
+pub fn xsave_mask() -> u64 {
+    static MASK: OnceLock<u64> = OnceLock::new();
+    *MASK.get_or_init(|| {
+        if __cpuid(1).ecx & (1 << 27) == 0 {
+            return 3;
+        }
+        let (low, high): (u32, u32);
+        // SAFETY: OSXSAVE was checked.
+        unsafe { core::arch::asm!("xgetbv", in("ecx") 0, out("eax") low, out("edx") high) };
+        (u64::from(high) << 32 | u64::from(low)) & 0xe7
+    })
+}
+
+pub fn has_xsaveopt() -> bool {
+    __cpuid_count(0xd, 1).eax & 1 != 0
+}
+
+/// FSGSBASE as enabled for user mode by the host's kernel (AT_HWCAP2 bit 1).
+fn fsgsbase() -> bool {
+    // SAFETY: reads the auxiliary vector.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
+/// What the translator uses, by name; `required` says which it cannot do without.
+pub fn features() -> Vec<(&'static str, bool)> {
+    let l1 = __cpuid(1);
+    let l7 = __cpuid_count(7, 0);
+    let ext = __cpuid(0x8000_0001);
+    let os_avx = xsave_mask() & 4 != 0;
+    vec![
+        ("xsave", l1.ecx & (1 << 27) != 0),
+        ("bmi2", l7.ebx & (1 << 8) != 0),
+        ("fsgsbase", fsgsbase()),
+        ("lahf", ext.ecx & 1 != 0),
+        ("cmpxchg16b", l1.ecx & (1 << 13) != 0),
+        ("avx", l1.ecx & (1 << 28) != 0 && os_avx),
+        ("avx2", l7.ebx & (1 << 5) != 0 && os_avx),
+        ("avx512f", l7.ebx & (1 << 16) != 0 && xsave_mask() & 0xe0 == 0xe0),
+        ("erms", l7.ebx & (1 << 9) != 0),
+        ("xsaveopt", has_xsaveopt()),
+    ]
+}
+
+/// Names that the translator cannot do without.
+pub const REQUIRED: [&str; 5] = ["xsave", "bmi2", "fsgsbase", "lahf", "avx"];

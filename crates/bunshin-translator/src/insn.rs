@@ -1,0 +1,423 @@
+//! Guest instructions as bytes: where prefixes, opcode, ModRM and immediate
+//! lie, and how to write the same instruction with other registers.
+//!
+//! iced-x86 decodes and tells what an instruction reads and writes; this file
+//! only moves its encoding. Encodings: SDM volume 2, chapter 2.
+use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpAccess, OpCodeOperandKind as K, Register};
+use std::cell::RefCell;
+
+/// How the opcode is introduced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Legacy,
+    /// VEX or XOP, always written in its three-byte form.
+    Vex,
+    Evex,
+}
+
+/// The parts of one encoding.
+#[derive(Clone, Copy, Debug)]
+pub struct Parts {
+    form: Form,
+    /// 66, F2/F3, F0 in the order found; segment and address-size prefixes dropped.
+    prefixes: [u8; 4],
+    prefix_count: u8,
+    /// Legacy: the REX byte or 0. VEX: the two payload bytes. EVEX: three.
+    payload: [u8; 3],
+    lead: u8,
+    /// Escape bytes and opcode.
+    opcode: [u8; 3],
+    opcode_len: u8,
+    modrm: Option<u8>,
+    imm_at: u8,
+    length: u8,
+}
+
+fn has_modrm_1(op: u8) -> bool {
+    match op {
+        0x00..=0x3f => op & 7 < 4,
+        0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3 | 0xd8..=0xdf => true,
+        0xf6 | 0xf7 | 0xfe | 0xff => true,
+        _ => false,
+    }
+}
+
+fn has_modrm_2(op: u8) -> bool {
+    !matches!(op, 0x04..=0x0c | 0x0e | 0x24..=0x27 | 0x30..=0x37 | 0x77 | 0x80..=0x8f | 0xa0..=0xa2 | 0xa8..=0xaa | 0xc8..=0xcf)
+}
+
+impl Parts {
+    /// Take apart `bytes`, exactly one valid instruction.
+    pub fn new(bytes: &[u8], bits: u32) -> Option<Self> {
+        let mut p = Self {
+            form: Form::Legacy,
+            prefixes: [0; 4],
+            prefix_count: 0,
+            payload: [0; 3],
+            lead: 0,
+            opcode: [0; 3],
+            opcode_len: 0,
+            modrm: None,
+            imm_at: 0,
+            length: bytes.len() as u8,
+        };
+        let mut i = 0;
+        let mut addr16 = bits == 16;
+        // Only a REX right before the opcode counts.
+        let mut rex = 0;
+        loop {
+            let b = *bytes.get(i)?;
+            match b {
+                0x66 | 0xf2 | 0xf3 | 0xf0 => {
+                    rex = 0;
+                    // Repeats of one prefix are dropped; the last of F2/F3 counts.
+                    if b & 0xfe == 0xf2 {
+                        let n = p.prefix_count as usize;
+                        if let Some(old) = p.prefixes[..n].iter_mut().find(|x| **x & 0xfe == 0xf2) {
+                            *old = b;
+                            i += 1;
+                            continue;
+                        }
+                    }
+                    if !p.prefixes[..p.prefix_count as usize].contains(&b) {
+                        *p.prefixes.get_mut(p.prefix_count as usize)? = b;
+                        p.prefix_count += 1;
+                    }
+                }
+                0x2e | 0x36 | 0x3e | 0x26 | 0x64 | 0x65 => rex = 0,
+                0x67 => {
+                    rex = 0;
+                    addr16 = bits == 32;
+                }
+                0x40..=0x4f if bits == 64 => rex = b,
+                _ => break,
+            }
+            i += 1;
+        }
+        let b = *bytes.get(i)?;
+        let next = bytes.get(i + 1).copied().unwrap_or(0);
+        let vex = bits == 64 || next >= 0xc0;
+        match b {
+            0xc5 if vex => {
+                p.form = Form::Vex;
+                p.lead = 0xc4;
+                // R vvvv L pp, map 0F; X, B set (inverted), W clear.
+                p.payload = [(next & 0x80) | 0x61, next & 0x7f, 0];
+                p.opcode[0] = *bytes.get(i + 2)?;
+                i += 3;
+            }
+            0xc4 if vex => {
+                p.form = Form::Vex;
+                p.lead = 0xc4;
+                p.payload = [next, *bytes.get(i + 2)?, 0];
+                p.opcode[0] = *bytes.get(i + 3)?;
+                i += 4;
+            }
+            0x8f if next & 0x1f >= 8 => {
+                p.form = Form::Vex;
+                p.lead = 0x8f;
+                p.payload = [next, *bytes.get(i + 2)?, 0];
+                p.opcode[0] = *bytes.get(i + 3)?;
+                i += 4;
+            }
+            0x62 if vex => {
+                p.form = Form::Evex;
+                p.payload = [next, *bytes.get(i + 2)?, *bytes.get(i + 3)?];
+                p.opcode[0] = *bytes.get(i + 4)?;
+                i += 5;
+            }
+            0x0f => {
+                p.payload[0] = rex;
+                let n = if next == 0x38 || next == 0x3a { 3 } else { 2 };
+                p.opcode[..n].copy_from_slice(bytes.get(i..i + n)?);
+                p.opcode_len = n as u8;
+                i += n;
+            }
+            _ => {
+                p.payload[0] = rex;
+                p.opcode[0] = b;
+                p.opcode_len = 1;
+                i += 1;
+            }
+        }
+        if bits != 64 && p.form != Form::Legacy {
+            // Outside long mode the register extension bits are not extensions.
+            p.payload[0] |= 0xe0;
+            if p.form == Form::Vex {
+                p.payload[1] |= 0x40;
+            }
+        }
+        let modrm = match p.form {
+            Form::Legacy => match p.opcode_len {
+                1 => has_modrm_1(b),
+                2 => has_modrm_2(p.opcode[1]),
+                _ => true,
+            },
+            Form::Vex => !(p.lead == 0xc4 && p.payload[0] & 0x1f == 1 && p.opcode[0] == 0x77),
+            Form::Evex => true,
+        };
+        if modrm {
+            let m = *bytes.get(i)?;
+            p.modrm = Some(m);
+            i += 1;
+            let (mode, rm) = (m >> 6, m & 7);
+            if mode != 3 {
+                if addr16 {
+                    i += match (mode, rm) {
+                        (0, 6) | (2, _) => 2,
+                        (1, _) => 1,
+                        _ => 0,
+                    };
+                } else {
+                    let mut base = rm;
+                    if rm == 4 {
+                        base = *bytes.get(i)? & 7;
+                        i += 1;
+                    }
+                    i += match (mode, base) {
+                        (0, 5) | (2, _) => 4,
+                        (1, _) => 1,
+                        _ => 0,
+                    };
+                }
+            }
+        }
+        p.imm_at = i as u8;
+        (i <= bytes.len()).then_some(p)
+    }
+
+    /// The immediate bytes of this encoding.
+    pub fn imm<'a>(&self, bytes: &'a [u8]) -> &'a [u8] {
+        &bytes[self.imm_at as usize..self.length as usize]
+    }
+
+    pub fn has_rex(&self) -> bool {
+        self.form == Form::Legacy && self.payload[0] != 0
+    }
+
+    pub fn modrm(&self) -> Option<u8> {
+        self.modrm
+    }
+}
+
+/// Registers to write instead of the guest's; None keeps the encoding's own.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Renamed {
+    pub reg: Option<u8>,
+    pub rm: Option<u8>,
+    pub vvvv: Option<u8>,
+    pub opcode: Option<u8>,
+    /// Memory operand becomes `[base + index]` (index None: `[base]`).
+    pub mem: Option<(u8, Option<u8>)>,
+    /// Memory operand becomes `gs:[offset]`.
+    pub gs: Option<u32>,
+}
+
+/// Write the instruction `p` (found in `bytes`) with registers renamed.
+pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
+    if r.gs.is_some() {
+        out.push(0x65);
+    }
+    out.extend_from_slice(&p.prefixes[..p.prefix_count as usize]);
+    let m = p.modrm.unwrap_or(0);
+    let mut low_reg = (m >> 3) & 7;
+    let mut low_rm = m & 7;
+    // X and B of the memory form or of the register form.
+    let mem_xb = r.mem.map(|(b, i)| (i.is_some_and(|i| i >= 8), b >= 8)).or(r.gs.map(|_| (false, false)));
+    if let Some(n) = r.reg {
+        low_reg = n & 7;
+    }
+    if let Some(n) = r.rm {
+        low_rm = n & 7;
+    }
+    let mut op = p.opcode;
+    match p.form {
+        Form::Legacy => {
+            let mut rex = p.payload[0];
+            let mut set = |bit: u8, on: bool| rex = (rex & !bit) | if on { bit } else { 0 };
+            if let Some(n) = r.reg {
+                set(4, n >= 8);
+            }
+            if let Some(n) = r.rm.or(r.opcode) {
+                set(1, n >= 8);
+            }
+            if let Some((x, b)) = mem_xb {
+                set(2, x);
+                set(1, b);
+            }
+            if rex & 0xf != 0 {
+                rex |= 0x40;
+            }
+            if rex != 0 {
+                out.push(rex);
+            }
+            if let Some(n) = r.opcode {
+                let last = p.opcode_len as usize - 1;
+                op[last] = (op[last] & !7) | (n & 7);
+            }
+            out.extend_from_slice(&op[..p.opcode_len as usize]);
+        }
+        Form::Vex | Form::Evex => {
+            let mut v = p.payload;
+            let mut set = |i: usize, bit: u8, on: bool| v[i] = (v[i] & !bit) | if on { 0 } else { bit };
+            if let Some(n) = r.reg {
+                set(0, 0x80, n >= 8);
+                if p.form == Form::Evex {
+                    set(0, 0x10, false);
+                }
+            }
+            if let Some(n) = r.rm {
+                set(0, 0x20, n >= 8);
+                if p.form == Form::Evex {
+                    set(0, 0x40, false);
+                }
+            }
+            if let Some((x, b)) = mem_xb {
+                set(0, 0x40, x);
+                set(0, 0x20, b);
+            }
+            if let Some(n) = r.vvvv {
+                v[1] = (v[1] & !0x78) | ((!n & 15) << 3);
+                if p.form == Form::Evex {
+                    v[2] |= 8;
+                }
+            }
+            match p.form {
+                Form::Vex => out.extend_from_slice(&[p.lead, v[0], v[1], op[0]]),
+                _ => out.extend_from_slice(&[0x62, v[0], v[1], v[2], op[0]]),
+            }
+        }
+    }
+    if let Some(m) = p.modrm {
+        let reg = low_reg << 3;
+        if let Some((b, i)) = r.mem {
+            match i {
+                Some(i) => {
+                    // base is never rbp or r13 here, so no displacement is needed
+                    debug_assert!(b & 7 != 5);
+                    out.extend_from_slice(&[reg | 4, ((i & 7) << 3) | (b & 7)]);
+                }
+                None => {
+                    debug_assert!(b & 7 != 4 && b & 7 != 5);
+                    out.push(reg | (b & 7));
+                }
+            }
+        } else if let Some(off) = r.gs {
+            out.extend_from_slice(&[reg | 4, 0x25]);
+            out.extend_from_slice(&off.to_le_bytes());
+        } else if m >> 6 == 3 {
+            out.push(0xc0 | reg | low_rm);
+        } else {
+            unreachable!("memory operand kept");
+        }
+    }
+    out.extend_from_slice(p.imm(bytes));
+}
+
+/// What is the same for every instruction of one `Code`.
+#[derive(Clone, Copy, Default, Debug)]
+pub struct Shape {
+    known: bool,
+    /// Operand index + 1 of general registers by encoding field, 0 if none.
+    pub reg: u8,
+    pub rm: u8,
+    pub vvvv: u8,
+    pub opcode: u8,
+    /// The memory operand is an index vector (gather, scatter).
+    pub vsib: bool,
+}
+
+thread_local! {
+    static SHAPES: RefCell<Vec<Shape>> = RefCell::new(vec![Shape::default(); Code::values().len()]);
+}
+
+/// The shape of `code`.
+pub fn shape(code: Code) -> Shape {
+    SHAPES.with(|s| {
+        let slot = &mut s.borrow_mut()[code as usize];
+        if !slot.known {
+            let mut n = Shape { known: true, ..Shape::default() };
+            let op = code.op_code();
+            for i in 0..op.op_count() {
+                let at = i as u8 + 1;
+                match op.op_kind(i) {
+                    K::r8_reg | K::r16_reg | K::r16_reg_mem | K::r32_reg | K::r32_reg_mem | K::r64_reg
+                    | K::r64_reg_mem => n.reg = at,
+                    K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r32_or_mem_mpx | K::r64_or_mem
+                    | K::r64_or_mem_mpx | K::r16_rm | K::r32_rm | K::r64_rm => n.rm = at,
+                    K::r32_vvvv | K::r64_vvvv => n.vvvv = at,
+                    K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => n.opcode = at,
+                    K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::mem_vsib32z
+                    | K::mem_vsib64z => n.vsib = true,
+                    _ => {}
+                }
+            }
+            *slot = n;
+        }
+        *slot
+    })
+}
+
+/// Encoding number of a general register of any size, and whether it is a high byte.
+pub fn gpr_number(r: Register) -> Option<(u8, bool)> {
+    if !r.is_gpr() {
+        return None;
+    }
+    if (Register::AH..=Register::BH).contains(&r) {
+        return Some((r as u8 - Register::AH as u8, true));
+    }
+    Some((r.full_register() as u8 - Register::RAX as u8, false))
+}
+
+/// True if the access reads the operand.
+pub fn reads(a: OpAccess) -> bool {
+    !matches!(a, OpAccess::Write | OpAccess::None | OpAccess::NoMemAccess)
+}
+
+/// True if the access may write the operand.
+pub fn writes(a: OpAccess) -> bool {
+    matches!(a, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
+}
+
+/// Decode one instruction at `va`.
+pub fn decode(bytes: &[u8], bits: u32, va: u64) -> Instruction {
+    let mut d = Decoder::with_ip(bits, bytes, va, DecoderOptions::NONE);
+    d.decode()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Renaming nothing but the memory operand must decode back to the same instruction.
+    #[test]
+    fn encodings_survive() {
+        let cases: &[&[u8]] = &[
+            &[0x48, 0x8b, 0x44, 0x24, 0x08],
+            &[0x66, 0x0f, 0x6f, 0x07],
+            &[0xf2, 0x0f, 0x10, 0x05, 1, 0, 0, 0],
+            &[0xc5, 0xfd, 0x6f, 0x06],
+            &[0xc4, 0xe2, 0x7d, 0x18, 0x07],
+            &[0x62, 0xf1, 0xfe, 0x48, 0x6f, 0x46, 0x01],
+            &[0x81, 0x04, 0x25, 0, 0x10, 0, 0, 0x78, 0x56, 0x34, 0x12],
+            &[0xf0, 0x48, 0x0f, 0xc7, 0x0e],
+        ];
+        for bytes in cases {
+            let i = decode(bytes, 64, 0);
+            assert_eq!(i.len(), bytes.len(), "{bytes:x?}");
+            let p = Parts::new(bytes, 64).unwrap();
+            let mut out = Vec::new();
+            let to = Renamed { mem: Some((10, Some(9))), ..Default::default() };
+            encode(&p, bytes, &to, &mut out);
+            let j = decode(&out, 64, 0);
+            assert_eq!(j.code(), i.code(), "{bytes:x?} {out:x?}");
+            assert_eq!(j.memory_base(), Register::R10);
+            assert_eq!(j.memory_index(), Register::R9);
+            assert_eq!(j.len(), out.len());
+            assert_eq!(j.op_kind(0), i.op_kind(0));
+            if i.op0_register() != Register::None {
+                assert_eq!(j.op0_register(), i.op0_register());
+            }
+        }
+    }
+}

@@ -1,0 +1,268 @@
+//! MOVS, STOS, LODS, SCAS, CMPS with and without repeat prefixes.
+//!
+//! Repeated ones run page by page and leave registers exact at every stop, so
+//! faults, device pages and events can interrupt them anywhere.
+use super::{Done, Flow};
+use crate::cpu::{AF, CF, OF, PF, SF, ZF};
+use crate::mmu::{Kind, Trap};
+use crate::vcpu::Vcpu;
+use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use std::sync::atomic::Ordering;
+
+/// MOVSD and CMPSD are also names of SSE2 instructions.
+pub fn is_string(i: &Instruction) -> bool {
+    (0..i.op_count()).any(|n| {
+        matches!(
+            i.op_kind(n),
+            OpKind::MemoryESDI
+                | OpKind::MemoryESEDI
+                | OpKind::MemoryESRDI
+                | OpKind::MemorySegSI
+                | OpKind::MemorySegESI
+                | OpKind::MemorySegRSI
+        )
+    })
+}
+
+/// Arithmetic flags of `a - b` at `size` bytes.
+pub fn sub_flags(a: u64, b: u64, size: usize) -> u32 {
+    let bits = 8 * size as u32;
+    let mask = if bits == 64 { u64::MAX } else { (1 << bits) - 1 };
+    let (a, b) = (a & mask, b & mask);
+    let r = a.wrapping_sub(b) & mask;
+    let sign = 1u64 << (bits - 1);
+    let mut f = 0;
+    if a < b {
+        f |= CF;
+    }
+    if (r as u8).count_ones() % 2 == 0 {
+        f |= PF;
+    }
+    if (a ^ b ^ r) & 0x10 != 0 {
+        f |= AF;
+    }
+    if r == 0 {
+        f |= ZF;
+    }
+    if r & sign != 0 {
+        f |= SF;
+    }
+    if (a ^ b) & (a ^ r) & sign != 0 {
+        f |= OF;
+    }
+    f
+}
+
+/// Copy `n` elements upwards as the processor does, overlaps included.
+///
+/// # Safety
+/// Both ranges are guest RAM inside one page each.
+unsafe fn movs(from: u64, to: u64, n: u64, size: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match size {
+            1 => core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
+            2 => core::arch::asm!("rep movsw", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
+            4 => core::arch::asm!("rep movsd", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
+            _ => core::arch::asm!("rep movsq", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
+        }
+    }
+}
+
+/// # Safety
+/// The range is guest RAM inside one page.
+unsafe fn stos(to: u64, value: u64, n: u64, size: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        match size {
+            1 => core::arch::asm!("rep stosb", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
+            2 => core::arch::asm!("rep stosw", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
+            4 => core::arch::asm!("rep stosd", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
+            _ => core::arch::asm!("rep stosq", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
+        }
+    }
+}
+
+struct Operands {
+    size: usize,
+    mask: u64,
+    counter: Register,
+    /// Segment of the source.
+    seg: usize,
+    rep: bool,
+    /// Stop when ZF differs from this (SCAS, CMPS).
+    until: Option<bool>,
+}
+
+fn operands(i: &Instruction) -> Operands {
+    let m = i.mnemonic();
+    let size = match m {
+        M::Movsb | M::Stosb | M::Lodsb | M::Scasb | M::Cmpsb => 1,
+        M::Movsw | M::Stosw | M::Lodsw | M::Scasw | M::Cmpsw => 2,
+        M::Movsd | M::Stosd | M::Lodsd | M::Scasd | M::Cmpsd => 4,
+        _ => 8,
+    };
+    let wide = (0..i.op_count())
+        .find_map(|n| match i.op_kind(n) {
+            OpKind::MemoryESDI | OpKind::MemorySegSI => Some(2),
+            OpKind::MemoryESEDI | OpKind::MemorySegESI => Some(4),
+            OpKind::MemoryESRDI | OpKind::MemorySegRSI => Some(8),
+            _ => None,
+        })
+        .unwrap_or(8);
+    let (mask, counter) = match wide {
+        2 => (0xffff, Register::CX),
+        4 => (0xffff_ffff, Register::ECX),
+        _ => (u64::MAX, Register::RCX),
+    };
+    let compares = matches!(m, M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
+    Operands {
+        size,
+        mask,
+        counter,
+        seg: Vcpu::segment_index(i.memory_segment()),
+        rep: i.has_rep_prefix() || i.has_repne_prefix(),
+        until: compares.then(|| !i.has_repne_prefix()),
+    }
+}
+
+const SI: usize = 6;
+const DI: usize = 7;
+
+fn advance(v: &mut Vcpu, o: &Operands, r: usize, by: u64) {
+    let down = v.cpu().df != 0;
+    let g = &mut v.cpu_mut().gpr[r];
+    let x = if down { g.wrapping_sub(by) } else { g.wrapping_add(by) };
+    *g = match o.mask {
+        0xffff => (*g & !0xffff) | (x & 0xffff),
+        m => x & m,
+    };
+}
+
+/// Elements up to the end of the page, upwards.
+fn room(va: u64, size: usize) -> u64 {
+    (4096 - (va & 0xfff)) / size as u64
+}
+
+pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
+    let o = operands(i);
+    if !o.rep {
+        one(v, i, &o)?;
+        return Ok(Flow::Next);
+    }
+    loop {
+        let left = v.reg(o.counter);
+        if left == 0 {
+            return Ok(Flow::Next);
+        }
+        let done = match bulk(v, i, &o, left)? {
+            0 => {
+                let stop = one(v, i, &o)?;
+                let c = v.reg(o.counter).wrapping_sub(1);
+                v.set_reg(o.counter, c);
+                if stop {
+                    return Ok(Flow::Next);
+                }
+                1
+            }
+            n => {
+                v.set_reg(o.counter, left - n);
+                n
+            }
+        };
+        if left == done {
+            return Ok(Flow::Next);
+        }
+        // Device accesses of one step leave before the next step.
+        if !v.outbox.is_empty() || !v.answers.is_empty() || v.cpu().pending.load(Ordering::Relaxed) != 0 {
+            v.cpu_mut().rip = i.ip();
+            return Ok(Flow::Jump);
+        }
+    }
+}
+
+/// As many elements as can go at once; 0: use `one`.
+fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, Trap> {
+    if v.cpu().df != 0 || o.mask == 0xffff {
+        return Ok(0);
+    }
+    let who = v.data_access();
+    let size = o.size as u64;
+    match i.mnemonic() {
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+            let from = v.linear(o.seg, v.cpu().gpr[SI] & o.mask);
+            let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+            let n = left.min(room(from, o.size)).min(room(to, o.size));
+            if n == 0 {
+                return Ok(0);
+            }
+            let (Some(a), _) = v.access(from, n * size, Kind::Read, who)? else { return Ok(0) };
+            let (Some(b), _) = v.access(to, n * size, Kind::Write, who)? else { return Ok(0) };
+            // SAFETY: both ranges were just translated.
+            unsafe { movs(a, b, n, o.size) };
+            advance(v, o, SI, n * size);
+            advance(v, o, DI, n * size);
+            Ok(n)
+        }
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+            let n = left.min(room(to, o.size));
+            if n == 0 {
+                return Ok(0);
+            }
+            let (Some(b), _) = v.access(to, n * size, Kind::Write, who)? else { return Ok(0) };
+            // SAFETY: just translated.
+            unsafe { stos(b, v.cpu().gpr[0], n, o.size) };
+            advance(v, o, DI, n * size);
+            Ok(n)
+        }
+        _ => Ok(0),
+    }
+}
+
+/// One element; true if a compare ends the repetition.
+fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
+    let who = v.data_access();
+    let from = v.linear(o.seg, v.cpu().gpr[SI] & o.mask);
+    let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+    let size = o.size as u64;
+    let acc = match o.size {
+        1 => Register::AL,
+        2 => Register::AX,
+        4 => Register::EAX,
+        _ => Register::RAX,
+    };
+    match i.mnemonic() {
+        M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+            let x = v.load(from, o.size, who)?;
+            v.store(to, o.size, x, who)?;
+            advance(v, o, SI, size);
+            advance(v, o, DI, size);
+        }
+        M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            let x = v.reg(acc);
+            v.store(to, o.size, x, who)?;
+            advance(v, o, DI, size);
+        }
+        M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
+            let x = v.load(from, o.size, who)?;
+            v.set_reg(acc, x);
+            advance(v, o, SI, size);
+        }
+        m => {
+            let b = v.load(to, o.size, who)?;
+            let a = if matches!(m, M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq) {
+                let a = v.load(from, o.size, who)?;
+                advance(v, o, SI, size);
+                a
+            } else {
+                v.reg(acc)
+            };
+            advance(v, o, DI, size);
+            let f = sub_flags(a, b, o.size);
+            v.cpu_mut().set_arith(f);
+            return Ok(o.rep && o.until.is_some_and(|z| (f & ZF != 0) != z));
+        }
+    }
+    Ok(false)
+}

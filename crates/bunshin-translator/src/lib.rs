@@ -1,0 +1,27 @@
+//! Binary translation of x86 to x86-64: a processor in software for hosts
+//! without usable hardware virtualization.
+//!
+//! Read `translate.rs` for what emitted code looks like, `cpu.rs` for what lies
+//! behind `gs`, `stubs.rs` for the way in and out, `mmu.rs` for the software TLB,
+//! `slow.rs` for everything that cannot be probed, `vcpu.rs` for the loop.
+
+mod asm;
+mod block;
+mod cache;
+mod cpu;
+mod cpuid;
+mod engine;
+mod flags;
+pub mod host;
+mod insn;
+mod interp;
+mod mmu;
+mod msr;
+mod signals;
+mod slow;
+mod state;
+mod stubs;
+mod translate;
+mod vcpu;
+
+pub use engine::TranslatorEngine;

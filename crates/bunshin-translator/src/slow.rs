@@ -1,0 +1,689 @@
+//! One instruction at a time: accesses that cross pages, touch devices or
+//! translated code, operands too large to probe, gathers, single-stepping.
+//!
+//! The instruction itself still runs on the host processor: its operand is
+//! copied to a bounce buffer, a snippet with the same instruction runs on that,
+//! and the result is copied back. Nothing of the guest changes before all of
+//! it can.
+use crate::cpu::*;
+use crate::insn::{decode, reads, shape, writes, Parts};
+use crate::interp::{self, Done, Flow};
+use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
+use crate::vcpu::{mode, Vcpu};
+use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess, OpKind, Register};
+use std::arch::x86_64::__cpuid_count;
+use std::sync::atomic::Ordering;
+
+/// XSAVE header offset of XSTATE_BV.
+const XSTATE_BV: usize = 512;
+const XCOMP_BV: usize = 520;
+
+impl Vcpu {
+    /// Fetch and decode the instruction at rip.
+    pub fn fetch(&mut self) -> Result<Instruction, Exception> {
+        let rip = self.cpu().rip;
+        let va = self.linear_rip(rip);
+        let mut b = [0u8; 15];
+        let first = (4096 - (va & 0xfff)).min(15) as usize;
+        let who = self.fetcher();
+        let (Some(h), _) = self.access(va, 1, Kind::Fetch, who)? else { return Err(Exception::gp()) };
+        // SAFETY: bytes of one page of guest RAM.
+        unsafe { std::ptr::copy_nonoverlapping(h as *const u8, b.as_mut_ptr(), first) };
+        let bits = mode::bits(self.mode());
+        let i = decode(&b[..first], bits, rip);
+        if first == 15 || i.code() != iced_x86::Code::INVALID {
+            self.bytes = b;
+            return Ok(i);
+        }
+        let next = va.wrapping_add(first as u64);
+        let (Some(h), _) = self.access(next, 1, Kind::Fetch, who)? else { return Err(Exception::gp()) };
+        // SAFETY: as above.
+        unsafe { std::ptr::copy_nonoverlapping(h as *const u8, b[first..].as_mut_ptr(), 15 - first) };
+        self.bytes = b;
+        Ok(decode(&b, bits, rip))
+    }
+
+    /// Bytes of instruction `i`, which lies at rip.
+    fn bytes_of(&mut self, i: &Instruction) -> Result<[u8; 15], Trap> {
+        let again = self.fetch()?;
+        if again.len() != i.len() {
+            return Err(Trap::Fault(Exception::ud()));
+        }
+        Ok(self.bytes)
+    }
+
+    fn run_snippet(&mut self, bytes: &[u8], i: &Instruction, operand: u64) -> Result<(), Trap> {
+        let code = self.snippet(bytes, i);
+        self.cpu_mut().tmp = operand;
+        self.cpu_mut().resume = code;
+        let pending = self.cpu().pending.swap(0, Ordering::AcqRel);
+        loop {
+            // SAFETY: as in `Vcpu::enter`.
+            unsafe {
+                let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
+                enter(self.cpu_mut());
+            }
+            match self.cpu().exit {
+                exit::SNIPPET => break,
+                exit::EVENT => {
+                    // A kick came in between; keep it for later.
+                    self.cpu().pending.store(0, Ordering::Release);
+                    self.again = true;
+                }
+                exit::FAULT => {
+                    self.restore_pending(pending);
+                    let n = self.cpu().fault_vector as u8;
+                    let e = match n {
+                        crate::mmu::GP => Exception::gp(),
+                        PF_ => {
+                            let a = self.cpu().fault_addr;
+                            self.fail(format!("snippet for `{i}` touched host address {a:#x}"));
+                            Exception::gp()
+                        }
+                        n => Exception::new(n),
+                    };
+                    return Err(e.into());
+                }
+                n => {
+                    self.fail(format!("snippet for `{i}` ended with code {n}"));
+                    return Err(gp());
+                }
+            }
+        }
+        self.restore_pending(pending);
+        Ok(())
+    }
+
+    fn restore_pending(&mut self, before: u32) {
+        if before != 0 || std::mem::take(&mut self.again) {
+            self.cpu().pending.store(1, Ordering::Release);
+        }
+    }
+
+    // --- vector registers in the XSAVE area -----------------------------------
+
+    fn component(&self, n: u32) -> Option<usize> {
+        let x = &self.cpu().xsave.0;
+        let bv = u64::from_le_bytes(x[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
+        if bv & (1 << n) == 0 {
+            return None;
+        }
+        Some(match n {
+            0 => 0,
+            1 => 160,
+            _ => __cpuid_count(0xd, n).ebx as usize,
+        })
+    }
+
+    /// Make a component valid (zero if it was in its initial state).
+    fn touch_component(&mut self, n: u32) -> usize {
+        if let Some(at) = self.component(n) {
+            return at;
+        }
+        let (at, len) = match n {
+            1 => (160, 256),
+            _ => {
+                let l = __cpuid_count(0xd, n);
+                (l.ebx as usize, l.eax as usize)
+            }
+        };
+        let x = &mut self.cpu_mut().xsave.0;
+        x[at..at + len].fill(0);
+        x[XSTATE_BV + n as usize / 8] |= 1 << (n % 8);
+        at
+    }
+
+    /// 64 bytes of vector register `n`.
+    pub fn vector(&self, n: usize) -> [u8; 64] {
+        let mut v = [0; 64];
+        let x = &self.cpu().xsave.0;
+        if n >= 16 {
+            if let Some(at) = self.component(7) {
+                v.copy_from_slice(&x[at + 64 * (n - 16)..][..64]);
+            }
+            return v;
+        }
+        if let Some(at) = self.component(1) {
+            v[..16].copy_from_slice(&x[at + 16 * n..][..16]);
+        }
+        if let Some(at) = self.component(2) {
+            v[16..32].copy_from_slice(&x[at + 16 * n..][..16]);
+        }
+        if crate::host::xsave_mask() & 0x40 != 0 {
+            if let Some(at) = self.component(6) {
+                v[32..].copy_from_slice(&x[at + 32 * n..][..32]);
+            }
+        }
+        v
+    }
+
+    fn set_vector(&mut self, n: usize, v: &[u8; 64]) {
+        if n >= 16 {
+            let at = self.touch_component(7);
+            self.cpu_mut().xsave.0[at + 64 * (n - 16)..][..64].copy_from_slice(v);
+            return;
+        }
+        let at = self.touch_component(1);
+        self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[..16]);
+        let at = self.touch_component(2);
+        self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[16..32]);
+        if crate::host::xsave_mask() & 0x40 != 0 {
+            let at = self.touch_component(6);
+            self.cpu_mut().xsave.0[at + 32 * n..][..32].copy_from_slice(&v[32..]);
+        }
+    }
+
+    fn opmask(&self, r: Register) -> u64 {
+        let n = r as usize - Register::K0 as usize;
+        let Some(at) = self.component(5) else { return 0 };
+        u64::from_le_bytes(self.cpu().xsave.0[at + 8 * n..][..8].try_into().unwrap())
+    }
+
+    fn set_opmask(&mut self, r: Register, v: u64) {
+        let n = r as usize - Register::K0 as usize;
+        let at = self.touch_component(5);
+        self.cpu_mut().xsave.0[at + 8 * n..][..8].copy_from_slice(&v.to_le_bytes());
+    }
+}
+
+fn vector_number(r: Register) -> usize {
+    if r.is_zmm() {
+        r as usize - Register::ZMM0 as usize
+    } else if r.is_ymm() {
+        r as usize - Register::YMM0 as usize
+    } else {
+        r as usize - Register::XMM0 as usize
+    }
+}
+
+/// Any instruction at all.
+pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
+    let h = interp::helper(i);
+    if h.run as usize != any as fn(&mut Vcpu, &Instruction) -> Done as usize {
+        return (h.run)(v, i);
+    }
+    match i.mnemonic() {
+        M::Nop | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch
+        | M::Prefetchwt1 | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Pause
+        | M::Prefetchit0 | M::Prefetchit1 | M::Reservednop => return Ok(Flow::Next),
+        M::Clflush | M::Clflushopt | M::Clwb => {
+            let (va, who) = (v.operand_address(i), v.data_access());
+            v.load(va, 1, who)?;
+            return Ok(Flow::Next);
+        }
+        M::Lea => return lea(v, i),
+        M::Cld | M::Std => {
+            v.cpu_mut().df = u8::from(i.mnemonic() == M::Std);
+            return Ok(Flow::Next);
+        }
+        M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => return masked_bytes(v, i),
+        M::Clzero => return Err(ud()),
+        _ => {}
+    }
+    if i.flow_control() == iced_x86::FlowControl::ConditionalBranch {
+        let taken = condition(v.cpu().arith(), i.condition_code() as u8 - 1);
+        v.cpu_mut().rip = if taken { i.near_branch_target() } else { i.next_ip() };
+        return Ok(Flow::Jump);
+    }
+    if shape(i.code()).vsib {
+        return gather(v, i);
+    }
+    generic(v, i)
+}
+
+fn condition(f: u32, cc: u8) -> bool {
+    let b = |m: u32| f & m != 0;
+    let r = match cc >> 1 {
+        0 => b(OF),
+        1 => b(CF),
+        2 => b(ZF),
+        3 => b(CF | ZF),
+        4 => b(SF),
+        5 => b(PF),
+        6 => b(SF) != b(OF),
+        _ => b(ZF) || b(SF) != b(OF),
+    };
+    r != (cc & 1 != 0)
+}
+
+fn lea(v: &mut Vcpu, i: &Instruction) -> Done {
+    let seg = Vcpu::segment_index(i.memory_segment());
+    let x = v.operand_address(i).wrapping_sub(v.base_of(seg));
+    let x = if v.cpu().code64() { x } else { x & 0xffff_ffff };
+    v.set_reg(i.op0_register(), x);
+    Ok(Flow::Next)
+}
+
+/// Bytes that an XSAVE or XRSTOR touches for the components in `m`.
+fn xsave_bytes(m: u64, compact: bool) -> usize {
+    let mut size = 576;
+    for n in 2..63 {
+        if m & (1 << n) == 0 {
+            continue;
+        }
+        let l = __cpuid_count(0xd, n);
+        if compact {
+            if l.ecx & 2 != 0 {
+                size = (size + 63) & !63;
+            }
+            size += l.eax as usize;
+        } else {
+            size = size.max((l.ebx + l.eax) as usize);
+        }
+    }
+    size
+}
+
+fn is_xsave(m: M) -> bool {
+    matches!(m, M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64)
+}
+
+fn is_xrstor(m: M) -> bool {
+    matches!(m, M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64)
+}
+
+fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
+    let bytes = v.bytes_of(i)?;
+    let bytes = &bytes[..i.len()];
+    let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    if !has_mem {
+        v.run_snippet(bytes, i, 0)?;
+        return Ok(Flow::Next);
+    }
+    let m = i.mnemonic();
+    let who = v.data_access();
+    let mut va = v.operand_address(i);
+    if interp::bit_string(i) {
+        let size = i.op1_register().size();
+        let off = v.reg(i.op1_register());
+        let off = match size {
+            2 => i64::from(off as i16) >> 4,
+            4 => i64::from(off as i32) >> 5,
+            _ => off as i64 >> 6,
+        };
+        va = va.wrapping_add((off * size as i64) as u64);
+        if !v.cpu().code64() {
+            va &= 0xffff_ffff;
+        }
+        if size == 2 {
+            return bit16(v, i, va);
+        }
+    }
+    if is_xsave(m) || is_xrstor(m) {
+        return xsave(v, i, bytes, va);
+    }
+    let access = {
+        let mut f = InstructionInfoFactory::new();
+        let info = f.info(i);
+        (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).map_or(OpAccess::None, |n| info.op_access(n))
+    };
+    let size = match i.memory_size() {
+        MemorySize::Unknown => 0,
+        s => s.size(),
+    };
+    if size == 0 || access == OpAccess::None {
+        v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
+        return Ok(Flow::Next);
+    }
+    let moffs = Parts::new(bytes, mode::bits(v.mode())).is_some_and(|p| p.modrm().is_none());
+    if moffs {
+        if i.op0_kind() == OpKind::Register {
+            let x = v.load(va, size, who)?;
+            v.set_reg(i.op0_register(), x);
+        } else {
+            let x = v.reg(i.op1_register());
+            v.store(va, size, x, who)?;
+        }
+        return Ok(Flow::Next);
+    }
+    // Plain moves to and from devices need no snippet.
+    if m == M::Mov && size <= 8 {
+        if i.op0_kind() == OpKind::Memory {
+            let x = v.operand(i, 1)?;
+            v.store(va, size, x, who)?;
+        } else {
+            let x = v.load(va, size, who)?;
+            v.set_reg(i.op0_register(), x);
+        }
+        return Ok(Flow::Next);
+    }
+    v.check_end(va, 1)?;
+    v.check_end(va, size)?;
+    if misaligned(i, va, size) {
+        return Err(gp());
+    }
+    let mask = element_mask(v, i);
+    let off = (va & 63) as usize;
+    if writes(access) {
+        match mask {
+            None => {
+                v.access(va, 1, Kind::Write, who)?;
+                v.access(va.wrapping_add(size as u64 - 1), 1, Kind::Write, who)?;
+            }
+            Some((m, n)) => {
+                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
+                    v.access(va.wrapping_add((k * n) as u64), 1, Kind::Write, who)?;
+                    v.access(va.wrapping_add((k * n + n - 1) as u64), 1, Kind::Write, who)?;
+                }
+            }
+        }
+    }
+    let mut buffer = [0u8; 512];
+    let buffer = &mut buffer[..size];
+    if reads(access) || matches!(access, OpAccess::CondWrite) || mask.is_some() {
+        match mask {
+            None => v.read_as(va, buffer, who)?,
+            Some((m, n)) => {
+                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
+                    v.read_as(va.wrapping_add((k * n) as u64), &mut buffer[k * n..k * n + n], who)?;
+                }
+            }
+        }
+    }
+    v.cpu_mut().bounce.0[off..off + size].copy_from_slice(buffer);
+    let operand = v.cpu().bounce.0.as_ptr() as u64 + off as u64;
+    v.run_snippet(bytes, i, operand)?;
+    if writes(access) {
+        buffer.copy_from_slice(&v.cpu().bounce.0[off..off + size]);
+        // Host addresses of the last x87 instruction are none of the guest's business.
+        match m {
+            M::Fxsave | M::Fxsave64 => buffer[6..24].fill(0),
+            M::Fnstenv | M::Fnsave if size == 28 || size == 108 => buffer[12..28].fill(0),
+            M::Fnstenv | M::Fnsave => buffer[6..14].fill(0),
+            _ => {}
+        }
+        match mask {
+            None => v.write_as(va, buffer, who)?,
+            Some((m, n)) => {
+                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
+                    v.write_as(va.wrapping_add((k * n) as u64), &buffer[k * n..k * n + n], who)?;
+                }
+            }
+        }
+    }
+    Ok(Flow::Next)
+}
+
+/// The instruction wants its operand aligned and it is not; that fault comes
+/// before those of paging.
+fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
+    let strict = match i.mnemonic() {
+        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
+        | M::Pcmpestri64 | M::Pcmpestrm64 => false,
+        M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => return va & 15 != 0,
+        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovdqa32 | M::Vmovdqa64 | M::Vmovntdq | M::Vmovntps | M::Vmovntpd
+        | M::Vmovntdqa | M::Cmpxchg16b => true,
+        _ => {
+            size == 16
+                && i.code().encoding() == EncodingKind::Legacy
+                && (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_xmm())
+        }
+    };
+    strict && va & (size as u64 - 1) != 0
+}
+
+/// BT and its kin with a 16-bit register offset.
+fn bit16(v: &mut Vcpu, i: &Instruction, va: u64) -> Done {
+    let who = v.data_access();
+    let bit = v.reg(i.op1_register()) & 15;
+    let x = v.load(va, 2, who)?;
+    let y = match i.mnemonic() {
+        M::Bts => x | 1 << bit,
+        M::Btr => x & !(1 << bit),
+        M::Btc => x ^ 1 << bit,
+        _ => x,
+    };
+    if i.mnemonic() != M::Bt {
+        v.store(va, 2, y, who)?;
+    }
+    let f = v.cpu().arith() & !CF;
+    v.cpu_mut().set_arith(f | u32::from(x >> bit & 1 != 0));
+    Ok(Flow::Next)
+}
+
+/// Enabled elements and their size, for instructions whose faults are
+/// suppressed by a mask.
+fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
+    let n = i.memory_size().element_size().max(1);
+    let count = i.memory_size().size() / n;
+    let k = i.op_mask();
+    if k != Register::None {
+        let m = v.opmask(k);
+        if i.is_broadcast() {
+            return Some((u64::from(m & ((1u128 << i.memory_size().size().max(1)) as u64).wrapping_sub(1) != 0), n));
+        }
+        if matches!(
+            i.mnemonic(),
+            M::Vpcompressb | M::Vpcompressw | M::Vpcompressd | M::Vpcompressq | M::Vcompressps | M::Vcompresspd
+                | M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq | M::Vexpandps | M::Vexpandpd
+        ) {
+            let live = if count >= 64 { m } else { m & ((1 << count) - 1) };
+            let packed = live.count_ones();
+            return Some((if packed >= 64 { u64::MAX } else { (1 << packed) - 1 }, n));
+        }
+        return Some((m, n));
+    }
+    if matches!(i.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq) {
+        let r = i.op1_register();
+        let n = if matches!(i.mnemonic(), M::Vmaskmovpd | M::Vpmaskmovq) { 8 } else { 4 };
+        let x = v.vector(vector_number(r));
+        let m = (0..r.size() / n).filter(|k| x[k * n + n - 1] & 0x80 != 0).fold(0, |m, k| m | 1 << k);
+        return Some((m, n));
+    }
+    None
+}
+
+/// MASKMOVQ, MASKMOVDQU: store the bytes whose mask has its top bit set.
+fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
+    let mmx = i.mnemonic() == M::Maskmovq;
+    let (src, mask) = (i.op_register(1), i.op_register(2));
+    let get = |v: &Vcpu, r: Register| {
+        if mmx {
+            let n = r as usize - Register::MM0 as usize;
+            let top = (v.cpu().xsave.0[3] >> 3) as usize & 7;
+            let mut b = [0; 64];
+            if v.component(0).is_some() {
+                // MM registers are physical, the area holds stack order.
+                let st = (n + 8 - top) & 7;
+                b[..8].copy_from_slice(&v.cpu().xsave.0[32 + 16 * st..][..8]);
+            }
+            b
+        } else {
+            v.vector(vector_number(r))
+        }
+    };
+    let (s, m) = (get(v, src), get(v, mask));
+    let seg = Vcpu::segment_index(i.memory_segment());
+    let di = match i.op_kind(0) {
+        OpKind::MemorySegDI => v.cpu().gpr[7] & 0xffff,
+        OpKind::MemorySegEDI => v.cpu().gpr[7] & 0xffff_ffff,
+        _ => v.cpu().gpr[7],
+    };
+    let who = v.data_access();
+    let count = if mmx { 8 } else { 16 };
+    let at = |v: &Vcpu, k: usize| v.linear(seg, di.wrapping_add(k as u64));
+    if mmx {
+        // Like any MMX instruction it enters MMX state, even if it then faults;
+        // a store does that and changes nothing else.
+        let store = [0x0f, 0x7f, 0x00];
+        let operand = v.cpu().bounce.0.as_ptr() as u64;
+        v.run_snippet(&store, &decode(&store, 64, i.ip()), operand)?;
+    }
+    // Processors check the whole operand, whatever the mask.
+    for k in [0, count - 1] {
+        let va = at(v, k);
+        v.access(va, 1, Kind::Write, who)?;
+    }
+    for k in (0..count).filter(|&k| m[k] & 0x80 != 0) {
+        let va = at(v, k);
+        v.store(va, 1, s[k].into(), who)?;
+    }
+    Ok(Flow::Next)
+}
+
+fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
+    let m = i.mnemonic();
+    let c = v.cpu();
+    if c.cr4 & (1 << 18) == 0 {
+        return Err(ud());
+    }
+    let supervisor = matches!(m, M::Xsaves | M::Xsaves64 | M::Xrstors | M::Xrstors64);
+    if supervisor && c.cpl != 0 || va & 63 != 0 {
+        return Err(gp());
+    }
+    let rfbm = ((c.gpr[0] & 0xffff_ffff) | (c.gpr[2] << 32)) & c.xcr0;
+    let (rax, rdx) = (c.gpr[0], c.gpr[2]);
+    let who = v.data_access();
+    // XSAVES and XRSTORS without supervisor components are XSAVEC and XRSTOR.
+    let mut swapped = [0u8; 15];
+    let n = bytes.len();
+    swapped[..n].copy_from_slice(bytes);
+    if supervisor {
+        let at = bytes.windows(2).position(|w| w == [0x0f, 0xc7]).unwrap_or(0);
+        if matches!(m, M::Xsaves | M::Xsaves64) {
+            swapped[at + 2] = (bytes[at + 2] & !0x38) | 4 << 3;
+        } else {
+            swapped[at + 1] = 0xae;
+            swapped[at + 2] = (bytes[at + 2] & !0x38) | 5 << 3;
+        }
+    }
+    let insn = decode(&swapped[..n], mode::bits(v.mode()), i.ip());
+    let compact_save = matches!(m, M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64);
+    let mut buffer = [0u8; 4096];
+    let mut size = 576;
+    if is_xrstor(m) {
+        v.read_as(va, &mut buffer[..576], who)?;
+        let xcomp = u64::from_le_bytes(buffer[XCOMP_BV..XCOMP_BV + 8].try_into().unwrap());
+        let xstate = u64::from_le_bytes(buffer[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
+        let compact = xcomp >> 63 != 0;
+        let all = xcomp & !(1 << 63);
+        if supervisor && !compact || xstate & !v.cpu().xcr0 != 0 || compact && all & !v.cpu().xcr0 != 0 {
+            return Err(gp());
+        }
+        size = if compact { xsave_bytes(all, true) } else { xsave_bytes(rfbm & xstate, false) };
+        if size > 576 {
+            let (a, b) = (va.wrapping_add(576), &mut buffer[576..size]);
+            v.read_as(a, b, who)?;
+        }
+    } else {
+        size = size.max(xsave_bytes(rfbm, compact_save));
+        let mut at = 0;
+        while at < size {
+            v.access(va.wrapping_add(at as u64), 1, Kind::Write, who)?;
+            at += 4096 - (va as usize + at) % 4096;
+        }
+        v.read_as(va, &mut buffer[..size], who)?;
+    }
+    v.cpu_mut().bounce.0[..size].copy_from_slice(&buffer[..size]);
+    v.cpu_mut().gpr[0] = rfbm & 0xffff_ffff;
+    v.cpu_mut().gpr[2] = rfbm >> 32;
+    let operand = v.cpu().bounce.0.as_ptr() as u64;
+    let r = v.run_snippet(&swapped[..n], &insn, operand);
+    v.cpu_mut().gpr[0] = rax;
+    v.cpu_mut().gpr[2] = rdx;
+    r?;
+    if is_xsave(m) {
+        buffer[..size].copy_from_slice(&v.cpu().bounce.0[..size]);
+        if rfbm & 1 != 0 {
+            buffer[6..24].fill(0);
+        }
+        v.write_as(va, &buffer[..size], who)?;
+    }
+    Ok(Flow::Next)
+}
+
+/// Gathers and scatters, an element at a time.
+fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
+    let m = i.mnemonic();
+    let scatter = i.op0_kind() == OpKind::Memory;
+    if matches!(format!("{m:?}").as_str(), s if s.contains("prefetch") || s.contains("pf0") || s.contains("pf1")) {
+        return Ok(Flow::Next);
+    }
+    let data = if scatter { i.op1_register() } else { i.op0_register() };
+    let n = i.memory_size().element_size().max(1);
+    let index = i.memory_index();
+    // Index elements are 32 bits in the forms whose name has d before the data letters.
+    let wide_index = matches!(
+        m,
+        M::Vpgatherqd | M::Vpgatherqq | M::Vgatherqps | M::Vgatherqpd | M::Vpscatterqd | M::Vpscatterqq | M::Vscatterqps | M::Vscatterqpd
+    );
+    let w = if wide_index { 8 } else { 4 };
+    let count = (data.size() / n).min(index.size() / w);
+    let evex = i.op_mask() != Register::None;
+    let vex_mask = if evex { Register::None } else { i.op2_register() };
+    let mut out = v.vector(vector_number(data));
+    let indices = v.vector(vector_number(index));
+    let mut kmask = if evex { v.opmask(i.op_mask()) } else { 0 };
+    let mut vmask = if evex { [0; 64] } else { v.vector(vector_number(vex_mask)) };
+    if !evex && (vector_number(data) == vector_number(index) || vector_number(vex_mask) == vector_number(index) || vector_number(data) == vector_number(vex_mask))
+        || evex && !scatter && vector_number(data) == vector_number(index)
+    {
+        return Err(ud());
+    }
+    let seg = Vcpu::segment_index(i.memory_segment());
+    let base = if i.memory_base() == Register::None { 0 } else { v.reg(i.memory_base()) };
+    let who = v.data_access();
+    if !evex {
+        // every element's mask becomes its sign
+        for k in 0..count {
+            let s = if vmask[k * n + n - 1] & 0x80 != 0 { 0xff } else { 0 };
+            vmask[k * n..k * n + n].fill(s);
+        }
+    }
+    let mut failed = None;
+    for k in 0..count {
+        let on = if evex { kmask >> k & 1 != 0 } else { vmask[k * n] != 0 };
+        if !on {
+            continue;
+        }
+        let x = if w == 8 {
+            i64::from_le_bytes(indices[8 * k..8 * k + 8].try_into().unwrap())
+        } else {
+            i32::from_le_bytes(indices[4 * k..4 * k + 4].try_into().unwrap()).into()
+        };
+        let off = base
+            .wrapping_add((x as u64).wrapping_mul(u64::from(i.memory_index_scale())))
+            .wrapping_add(i.memory_displacement64());
+        let off = if i.memory_base().size() == 4 || !v.cpu().code64() { off & 0xffff_ffff } else { off };
+        let va = v.linear(seg, off);
+        let r = if scatter {
+            v.write_as(va, &out[k * n..k * n + n], who)
+        } else {
+            let mut b = [0; 8];
+            v.read_as(va, &mut b[..n], who).map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
+        };
+        if let Err(e) = r {
+            failed = Some(e);
+            break;
+        }
+        if evex {
+            kmask &= !(1 << k);
+        } else {
+            vmask[k * n..k * n + n].fill(0);
+        }
+    }
+    if failed.is_none() {
+        vmask.fill(0);
+        kmask = 0;
+    }
+    if !scatter {
+        // Bits above the elements are cleared.
+        let top = if failed.is_none() { count * n } else { data.size() };
+        if failed.is_none() || !evex {
+            out[top.max(16.min(count * n))..].fill(0);
+        }
+        v.set_vector(vector_number(data), &out);
+    }
+    if evex {
+        v.set_opmask(i.op_mask(), kmask);
+    } else {
+        if failed.is_some() {
+            vmask[vex_mask.size()..].fill(0);
+        }
+        v.set_vector(vector_number(vex_mask), &vmask);
+    }
+    match failed {
+        Some(e) => Err(e),
+        None => Ok(Flow::Next),
+    }
+}

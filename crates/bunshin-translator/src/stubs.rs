@@ -1,0 +1,274 @@
+//! The fixed pieces of host code around translations: enter, leave, and the
+//! ways out. Written once into the floor of the code cache.
+//!
+//! Every way back into translated code sets gs to the current region and then
+//! looks at `pending`; a signal that arrives after the look finds the program
+//! counter inside the cache and poisons gs (`signals.rs`). So no event is lost
+//! and no block polls.
+use crate::asm::*;
+use crate::cache::CodeCache;
+use crate::cpu::{at, exit, CPU_BYTES, NO_SITE};
+
+/// Host addresses of the stubs.
+#[derive(Default, Clone, Copy)]
+pub struct Stubs {
+    /// `extern "C" fn(*mut Cpu)`: run from `cpu.resume` until an exit.
+    pub enter: u64,
+    /// A memory access missed the table: r8 address, r9d info; called from cold code.
+    pub miss: u64,
+    /// Indirect jump found no entry: r8 target.
+    pub lookup: u64,
+    /// Direct jump not linked yet: r8 target, r10d site.
+    pub link: u64,
+    /// Helper r10d, flags in the host's register.
+    pub helper: u64,
+    /// Helper r10d, flags in `cpu.lazy` (or dead).
+    pub helper_lazy: u64,
+    /// Leave for an event; r8 is the exact rip.
+    pub event: u64,
+    /// Target of the signal handler after a fault in a copied instruction.
+    pub fault: u64,
+    /// End of a snippet.
+    pub snippet_end: u64,
+}
+
+/// Guest registers that a C function may change, by encoding number.
+const VOLATILE: [u8; 6] = [0, 1, 2, 6, 7, 4];
+const KEPT: [u8; 6] = [3, 5, 12, 13, 14, 15];
+
+fn save(a: &mut Asm, regs: &[u8]) {
+    for &n in regs {
+        a.store(at::gpr(n), pinned(n).unwrap());
+    }
+}
+
+fn restore(a: &mut Asm, regs: &[u8]) {
+    for &n in regs {
+        a.load(pinned(n).unwrap(), at::gpr(n));
+    }
+}
+
+/// `movups` of xmm0-15; legacy encodings leave the upper halves alone, and the
+/// functions called from stubs are compiled without AVX.
+fn xmm(a: &mut Asm, store: bool) {
+    for n in 0..16u8 {
+        a.b(&[0x65]);
+        if n >= 8 {
+            a.b(&[0x44]);
+        }
+        a.b(&[0x0f, if store { 0x11 } else { 0x10 }, ((n & 7) << 3) | 4, 0x25]);
+        a.d(at::XMM + 16 * u32::from(n));
+    }
+}
+
+fn flags_to_lazy(a: &mut Asm) {
+    a.store(at::gpr(0), RAX);
+    a.lahf_seto();
+    a.store32(at::LAZY, RAX);
+}
+
+fn lazy_to_flags(a: &mut Asm) {
+    a.load32(RAX, at::LAZY);
+    a.sahf_of();
+    a.load(RAX, at::gpr(0));
+}
+
+fn wrgsbase(a: &mut Asm, reg: u8) {
+    a.b(&[0xf3, 0x48 | (reg >> 3), 0x0f, 0xae, 0xd8 | (reg & 7)]);
+}
+
+/// `op gs:[XSAVE]` with the mask of `xcr0_mask` in edx:eax; op is the /r of 0F AE.
+fn xsave_op(a: &mut Asm, mask: u64, slash: u8) {
+    a.mov_imm(RAX, mask & 0xffff_ffff);
+    a.mov_imm(2, mask >> 32);
+    a.b(&[0x65, 0x48, 0x0f, 0xae, (slash << 3) | 4, 0x25]);
+    a.d(at::XSAVE);
+}
+
+fn leave(a: &mut Asm, mask: u64, optimised: bool) {
+    xsave_op(a, mask, if optimised { 6 } else { 4 });
+    // The C side expects the ABI's control words.
+    a.b(&[0xdb, 0xe3]); // fninit
+    a.b(&[0x68]); // push 0x1f80; ldmxcsr [rsp]
+    a.d(0x1f80);
+    a.b(&[0x0f, 0xae, 0x14, 0x24]);
+    a.b(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    a.load(4, at::HOST_RSP);
+    a.b(&[0x48, 0x83, 0xc4, 8]);
+    for r in [15, 14, 13, 12, 5, 3] {
+        a.pop(r);
+    }
+    a.ret();
+}
+
+impl Stubs {
+    /// Write all stubs. `mask` names the XSAVE components that belong to the guest.
+    pub fn write(cache: &mut CodeCache, mask: u64, xsaveopt: bool) -> Self {
+        let mut s = Self::default();
+        let mut put = |f: &mut dyn FnMut(&mut Asm)| {
+            let mut a = Asm::default();
+            f(&mut a);
+            let at = cache.next();
+            let n = a.length();
+            let out = cache.take(n);
+            a.finish(at, out);
+            at
+        };
+        let leave_at = put(&mut |a| leave(a, mask, xsaveopt));
+        let exit_with = |a: &mut Asm, code: u32| {
+            a.store32_imm(at::EXIT, code);
+            a.jmp_abs(leave_at);
+        };
+
+        s.enter = put(&mut |a| {
+            for r in [3, 5, 12, 13, 14, 15] {
+                a.push(r);
+            }
+            a.b(&[0x48, 0x83, 0xec, 8]);
+            // mov rax, [rdi + REGION_BASE]
+            a.b(&[0x48, 0x8b, 0x87]);
+            a.d(at::REGION_BASE);
+            wrgsbase(a, RAX);
+            a.store(at::HOST_RSP, 4);
+            xsave_op(a, mask, 5);
+            a.cmp32_imm8(at::PENDING, 0);
+            let quiet = a.jcc_short(4);
+            exit_with(a, exit::EVENT);
+            a.land(quiet);
+            restore(a, &KEPT);
+            restore(a, &VOLATILE[1..]);
+            lazy_to_flags(a);
+            a.jmp_gs(at::RESUME);
+        });
+
+        let miss = |a: &mut Asm| {
+            save(a, &VOLATILE);
+            a.store(at::MISS_ADDR, S0);
+            a.store(at::MISS_INFO, S1);
+            xmm(a, true);
+            a.load(7, at::VCPU);
+            a.mov(6, S0);
+            a.mov(2, S1);
+            a.b(&[0x48, 0x83, 0xec, 8]);
+            a.call_gs(at::FN_FILL);
+            a.b(&[0x48, 0x83, 0xc4, 8]);
+            xmm(a, false);
+            a.b(&[0x85, 0xc0]); // test eax, eax
+            let slow = a.jcc_short(4);
+            a.cmp32_imm8(at::PENDING, 0);
+            let event = a.jcc_short(5);
+            a.load(S0, at::MISS_ADDR);
+            restore(a, &VOLATILE);
+            a.ret();
+            a.land(slow);
+            a.land(event);
+            a.pop(RAX);
+            a.store(at::HOST_PC, RAX);
+            save(a, &KEPT);
+            exit_with(a, exit::SLOW);
+        };
+        s.miss = put(&mut |a| miss(a));
+
+        // Common end of lookup and link: rax is code or 0.
+        let go = |a: &mut Asm| {
+            xmm(a, false);
+            a.b(&[0x48, 0x85, 0xc0]); // test rax, rax
+            let some = a.jcc_short(5);
+            save(a, &KEPT);
+            exit_with(a, exit::TRANSLATE);
+            a.land(some);
+            a.mov(S2, RAX);
+            a.cmp32_imm8(at::PENDING, 0);
+            let event = a.jcc_short(5);
+            restore(a, &VOLATILE[1..]);
+            lazy_to_flags(a);
+            a.b(&[0x41, 0xff, 0xe2]); // jmp r10
+            a.land(event);
+            save(a, &KEPT);
+            exit_with(a, exit::EVENT);
+        };
+        s.lookup = put(&mut |a| {
+            flags_to_lazy(a);
+            save(a, &VOLATILE[1..]);
+            a.store(at::RIP, S0);
+            a.store32_imm(at::ARG, NO_SITE);
+            xmm(a, true);
+            a.load(7, at::VCPU);
+            a.mov(6, S0);
+            a.call_gs(at::FN_LOOKUP);
+            go(a);
+        });
+        s.link = put(&mut |a| {
+            flags_to_lazy(a);
+            save(a, &VOLATILE[1..]);
+            a.store(at::RIP, S0);
+            a.store32(at::ARG, S2);
+            xmm(a, true);
+            a.load(7, at::VCPU);
+            a.mov(6, S0);
+            a.mov32(2, S2);
+            a.call_gs(at::FN_LINK);
+            go(a);
+        });
+
+        let helper = |a: &mut Asm| {
+            save(a, &VOLATILE[1..]);
+            save(a, &KEPT);
+            a.pop(RAX);
+            a.store(at::HOST_PC, RAX);
+            xmm(a, true);
+            a.load(7, at::VCPU);
+            a.mov32(6, S2);
+            a.call_gs(at::FN_HELPER);
+            xmm(a, false);
+            a.b(&[0x48, 0x83, 0xf8, 1]); // cmp rax, 1
+            let inside = a.jcc_short(5);
+            a.jmp_abs(leave_at);
+            a.land(inside);
+            let jumps = a.jcc_short(7); // above: code to go on at
+            a.load(RAX, at::HOST_PC);
+            a.land(jumps);
+            a.mov(S2, RAX);
+            a.load(RAX, at::REGION_BASE);
+            wrgsbase(a, RAX);
+            a.cmp32_imm8(at::PENDING, 0);
+            let quiet = a.jcc_short(4);
+            exit_with(a, exit::EVENT);
+            a.land(quiet);
+            restore(a, &KEPT);
+            restore(a, &VOLATILE[1..]);
+            lazy_to_flags(a);
+            a.b(&[0x41, 0xff, 0xe2]);
+        };
+        s.helper = put(&mut |a| {
+            flags_to_lazy(a);
+            helper(a);
+        });
+        s.helper_lazy = put(&mut |a| {
+            a.store(at::gpr(0), RAX);
+            helper(a);
+        });
+        s.event = put(&mut |a| {
+            flags_to_lazy(a);
+            save(a, &VOLATILE[1..]);
+            save(a, &KEPT);
+            a.store(at::RIP, S0);
+            exit_with(a, exit::EVENT);
+        });
+        s.fault = put(&mut |a| {
+            save(a, &VOLATILE);
+            save(a, &KEPT);
+            exit_with(a, exit::FAULT);
+        });
+        s.snippet_end = put(&mut |a| {
+            flags_to_lazy(a);
+            save(a, &VOLATILE[1..]);
+            save(a, &KEPT);
+            exit_with(a, exit::SNIPPET);
+        });
+        cache.keep();
+        s
+    }
+}
+
+const _: () = assert!(CPU_BYTES >= 4096);

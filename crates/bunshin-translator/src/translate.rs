@@ -1,0 +1,1156 @@
+//! Guest code to host code, a block at a time.
+//!
+//! A load `mov rax, [rbx+8]` where the flags are dead becomes
+//!
+//! ```text
+//! hot   lea  r8, [rbx+8]            address
+//!  1:   rorx r9, r8, 12             its page number
+//!       movzx r9d, r9w              index into the tables
+//!       mov  r10, gs:[TAG_R+r9*8]   minus the address of the page held there
+//!       add  r10, r8                offset in the page, on a hit
+//!       cmp  r10, 4096-8            a miss and a page crossing are both above
+//!       ja   2
+//!       mov  r9, gs:[HOST+r9*8]
+//!       mov  rax, [r10+r9]          the guest's instruction
+//! cold 2: mov r9d, info             size, direction
+//!       call miss                   fills the table, or leaves for slow.rs
+//!       jmp  1
+//! ```
+//!
+//! Where the flags live, `lahf; seto al` saves them to `cpu.lazy` before the
+//! first probe and `add al, 0x7f; sahf` brings them back before they are
+//! needed; in between they stay in memory.
+use crate::asm::*;
+use crate::block::{Block, Key, Point, Site, NONE};
+use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
+use crate::flags::{effect, live_ahead, Effect, ALL};
+use crate::insn::*;
+use crate::mmu::{Exception, Kind};
+use crate::vcpu::{mode, HelperEntry, Vcpu};
+use iced_x86::{
+    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess,
+    OpKind, Register,
+};
+
+/// Most guest instructions in a block.
+const MOST: usize = 64;
+/// Bit of the info word that says store.
+pub const INFO_WRITE: u32 = 0x1000;
+
+/// Where the guest's arithmetic flags are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flags {
+    Host,
+    /// In `cpu.lazy`.
+    Lazy,
+    /// Overwritten by a probe; nobody wants them.
+    Dead,
+}
+
+struct Item {
+    insn: Instruction,
+    /// Offset of its bytes in the fetched window.
+    at: usize,
+    effect: Effect,
+    live_after: u32,
+}
+
+/// A block being translated.
+struct Unit<'a> {
+    v: &'a mut Vcpu,
+    a: Asm,
+    bytes: &'a [u8],
+    bits: u32,
+    mode: u32,
+    rip: u64,
+    flags: Flags,
+    points: Vec<(Label, u16, bool)>,
+    sites: Vec<(Label, Label, u64, bool)>,
+    relied: Vec<(u16, u16)>,
+    live_out: u32,
+    info: InstructionInfoFactory,
+    probed: bool,
+    /// Writing a snippet: the operand lies at `cpu.tmp`, nothing is probed.
+    bounce: bool,
+    /// Index of the instruction being written, for `points`.
+    guest: u16,
+}
+
+fn near(i: &Instruction) -> bool {
+    matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+}
+
+/// How a block ends, so far as the decoder can tell.
+fn ends(i: &Instruction) -> bool {
+    i.flow_control() != FlowControl::Next || i.code() == Code::INVALID || crate::interp::ends_block(i)
+}
+
+impl Vcpu {
+    /// Translate the block at `rip` in the current mode and return its number.
+    ///
+    /// Fails with the exception that fetching its first instruction raises.
+    pub fn translate(&mut self, rip: u64) -> Result<u32, Exception> {
+        let started = bunshin_core::clock::rdtsc();
+        let va = self.linear_rip(rip);
+        let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
+        let gpa = m.gpa | (va & 0xfff);
+        let Some(page) = self.phys.page(gpa) else {
+            return Err(Exception::gp()); // executing a device: not modelled
+        };
+        let host = self.phys.host(gpa & !0xfff).unwrap();
+        let mode = self.mode();
+        let bits = mode::bits(mode);
+        // SAFETY: a page of guest RAM; the copy keeps decoder and writer apart.
+        let mut window: Vec<u8> = unsafe { std::slice::from_raw_parts(host as *const u8, 4096) }.to_vec();
+        let start = (va & 0xfff) as usize;
+
+        let mut items: Vec<Item> = Vec::with_capacity(16);
+        let mut second = None;
+        {
+            let mut d = Decoder::with_ip(bits, &window[start..], rip, DecoderOptions::NONE);
+            while items.len() < MOST && d.can_decode() {
+                let at = start + d.position();
+                let insn = d.decode();
+                if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
+                    break;
+                }
+                let end = ends(&insn);
+                items.push(Item { effect: effect(&insn), insn, at, live_after: ALL });
+                if end {
+                    break;
+                }
+            }
+        }
+        if items.is_empty() {
+            // The first instruction crosses into the next page.
+            let next = (va & !0xfff).wrapping_add(4096);
+            let m2 = self.walk(next, self.fetcher(), Kind::Fetch)?;
+            let mut rest = [0; 16];
+            match self.phys.host(m2.gpa) {
+                // SAFETY: guest RAM.
+                Some(h) => unsafe { std::ptr::copy_nonoverlapping(h as *const u8, rest.as_mut_ptr(), 16) },
+                None => return Err(Exception::gp()),
+            }
+            window.extend_from_slice(&rest);
+            second = Some(m2.gpa);
+            let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
+            items.push(Item { effect: effect(&insn), insn, at: start, live_after: ALL });
+        }
+        let limit = if second.is_some() { window.len() } else { 4096 };
+        let mut u = Unit {
+            a: std::mem::take(&mut self.asm),
+            v: self,
+            bytes: &window[..limit],
+            bits,
+            mode,
+            rip,
+            flags: Flags::Host,
+            points: Vec::with_capacity(32),
+            sites: Vec::new(),
+            relied: Vec::new(),
+            live_out: ALL,
+            info: InstructionInfoFactory::new(),
+            probed: false,
+            bounce: false,
+            guest: 0,
+        };
+        u.a.clear();
+        u.look_ahead(items.last().map(|i| i.insn).unwrap(), second.is_some());
+        let mut live = u.live_out;
+        for i in items.iter_mut().rev() {
+            i.live_after = live;
+            live = i.effect.live_before(live);
+        }
+        u.entry();
+        let body = u.a.here().1;
+        let mut ended = false;
+        let mut shadow = false;
+        for (n, item) in items.iter().enumerate() {
+            ended = u.instruction(item, n + 1 == items.len());
+            if ended {
+                break;
+            }
+            // STI: one more instruction, then look for interrupts.
+            if shadow {
+                u.window(item.insn.next_ip());
+                ended = true;
+                break;
+            }
+            shadow = item.insn.mnemonic() == M::Sti;
+            if shadow && n + 1 == items.len() {
+                u.window(item.insn.next_ip());
+                ended = true;
+            }
+        }
+        let last = items.last().unwrap().insn;
+        if !ended {
+            u.flags_to_host(S2, u.live_out);
+            u.exit_to(last.next_ip());
+        }
+        let guest_length = (last.next_ip().wrapping_sub(rip) as u16).max(1);
+        let Unit { a, points, sites, relied, .. } = u;
+        self.asm = a;
+        let at = self.cache.next();
+        let length = self.asm.length();
+        let out = self.cache.take(length);
+        self.asm.finish(at, out);
+        let hot = self.asm.hot.len() as u32;
+        let place = |l: Label| l.1 + if l.0 == Section::Cold { hot } else { 0 };
+        let id = self.blocks.all.len() as u32;
+        for (patch, stub, target, far) in sites {
+            self.blocks.sites.push(Site {
+                patch: at + u64::from(place(patch)),
+                stub: at + u64::from(place(stub)),
+                target,
+                linked: false,
+                far,
+                listed: NONE,
+                next: NONE,
+                listed_far: false,
+                next_far: NONE,
+            });
+        }
+        let mut points: Vec<Point> = points
+            .iter()
+            .map(|&(l, guest, host_flags)| Point { host: place(l), guest, host_flags })
+            .collect();
+        points.sort_by_key(|p| p.host);
+        let key = Key { gpa, va: rip, mode };
+        self.blocks.all.push(Block {
+            key,
+            second,
+            length: guest_length,
+            dead: false,
+            host: at,
+            host_length: length as u32,
+            checked: at,
+            body: at + u64::from(body),
+            points: points.into_boxed_slice(),
+            relied,
+            incoming: NONE,
+        });
+        self.blocks.index.insert(key, id);
+        for (page, gpa) in [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten() {
+            self.blocks.by_page.entry(page).or_default().push(id);
+            if !self.phys.info[page].code {
+                let host = self.phys.host(gpa & !0xfff).unwrap();
+                self.protect_page(page, host);
+            }
+        }
+        self.counters.blocks += 1;
+        self.counters.instructions_translated += items.len() as u64;
+        self.counters.host_bytes += length as u64;
+        self.counters.translate_ticks += bunshin_core::clock::rdtsc() - started;
+        Ok(id)
+    }
+}
+
+impl Vcpu {
+    /// Code that runs one copied instruction with its memory operand at the
+    /// address in `cpu.tmp`, then leaves. `bytes` are the instruction's.
+    pub fn snippet(&mut self, bytes: &[u8], insn: &Instruction) -> u64 {
+        let bits = mode::bits(self.mode());
+        let mut key = [0u8; 16];
+        key[..bytes.len()].copy_from_slice(bytes);
+        key[15] = bits as u8;
+        let key = u128::from_le_bytes(key);
+        if let Some(&at) = self.snippets.get(&key) {
+            return at;
+        }
+        if self.cache.room() < 4096 {
+            self.flush_code();
+        }
+        let mode = self.mode();
+        let mut u = Unit {
+            a: std::mem::take(&mut self.asm),
+            v: self,
+            bytes,
+            bits,
+            mode,
+            rip: insn.ip(),
+            flags: Flags::Host,
+            points: Vec::new(),
+            sites: Vec::new(),
+            relied: Vec::new(),
+            live_out: ALL,
+            info: InstructionInfoFactory::new(),
+            probed: false,
+            bounce: true,
+            guest: 0,
+        };
+        u.a.clear();
+        u.generic(&Item { insn: *insn, at: 0, effect: effect(insn), live_after: ALL }, true);
+        u.a.jmp_abs(u.v.stubs.snippet_end);
+        self.asm = u.a;
+        let at = self.cache.next();
+        let length = self.asm.length();
+        let out = self.cache.take(length);
+        self.asm.finish(at, out);
+        self.snippets.insert(key, at);
+        at
+    }
+}
+
+impl Unit<'_> {
+    fn wide(&self) -> bool {
+        self.bits == 64
+    }
+
+    fn stack_size(&self, i: &Instruction) -> u8 {
+        match i.stack_pointer_increment().unsigned_abs() {
+            n @ (2 | 4 | 8) => n as u8,
+            _ => (self.bits / 8) as u8,
+        }
+    }
+
+    fn offset_of(&self, target: u64) -> Option<usize> {
+        let base = self.rip & !0xfff;
+        (self.mode & mode::BASED == 0 && target & !0xfff == base).then_some((target & 0xfff) as usize)
+    }
+
+    /// Flags that the code after this block may read, as far as it lies in the
+    /// same page.
+    fn look_ahead(&mut self, last: Instruction, crossing: bool) {
+        let mut targets: Vec<u64> = Vec::new();
+        match last.flow_control() {
+            FlowControl::UnconditionalBranch | FlowControl::Call if near(&last) => {
+                targets.push(last.near_branch_target());
+            }
+            FlowControl::ConditionalBranch => {
+                targets.push(last.near_branch_target());
+                targets.push(last.next_ip());
+            }
+            FlowControl::Next if !ends(&last) => targets.push(last.next_ip()),
+            _ => return,
+        }
+        if crossing {
+            return;
+        }
+        let mut live = 0;
+        for t in targets {
+            let Some(off) = self.offset_of(t) else {
+                live = ALL;
+                continue;
+            };
+            let mut d = Decoder::with_ip(self.bits, &self.bytes[off..], t, DecoderOptions::NONE);
+            live |= live_ahead(|| d.can_decode().then(|| d.decode()));
+            self.relied.push((off as u16, (off + d.position()) as u16));
+        }
+        self.live_out = live;
+    }
+
+    /// Entry for indirect jumps: r8 must be this block's rip. Flags stay.
+    fn entry(&mut self) {
+        let neg = self.rip.wrapping_neg();
+        self.a.mov(S2, RCX);
+        if i32::try_from(neg as i64).is_ok() {
+            self.a.lea(true, RCX, Some(S0), None, neg as i32);
+        } else {
+            self.a.mov_imm(RCX, neg);
+            self.a.lea(true, RCX, Some(RCX), Some((S0, 1)), 0);
+        }
+        let same = self.a.jrcxz();
+        self.a.mov(RCX, S2);
+        self.a.jmp_abs(self.v.stubs.lookup);
+        self.a.land(same);
+        self.a.mov(RCX, S2);
+    }
+
+    fn point(&mut self, host_flags: bool) {
+        let l = self.a.here();
+        self.points.push((l, self.guest, host_flags));
+    }
+
+    // --- flags ---------------------------------------------------------------
+
+    /// Before a probe: keep the flags if somebody wants them.
+    fn before_probe(&mut self, live: u32) {
+        if self.flags == Flags::Host {
+            if live != 0 {
+                self.a.mov(S2, RAX);
+                self.a.lahf_seto();
+                self.a.store32(at::LAZY, RAX);
+                self.a.mov(RAX, S2);
+                self.flags = Flags::Lazy;
+            } else {
+                self.flags = Flags::Dead;
+            }
+        }
+    }
+
+    fn flags_to_host(&mut self, scratch: u8, live: u32) {
+        if self.flags == Flags::Lazy && live != 0 {
+            self.a.mov(scratch, RAX);
+            self.a.load32(RAX, at::LAZY);
+            self.a.sahf_of();
+            self.a.mov(RAX, scratch);
+        }
+        if live != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    // --- memory --------------------------------------------------------------
+
+    /// A guest register's value in some host register, loading it to `scratch`
+    /// if it is kept in memory.
+    fn use_gpr(&mut self, n: u8, scratch: u8) -> u8 {
+        pinned(n).unwrap_or_else(|| {
+            self.a.load(scratch, at::gpr(n));
+            scratch
+        })
+    }
+
+    /// The linear address of the memory operand into r8 (uses r9). Gives the
+    /// address if it is a constant.
+    fn address(&mut self, i: &Instruction) -> Option<u64> {
+        let seg = i.memory_segment();
+        let seg_base = match seg {
+            Register::FS => Some(4),
+            Register::GS => Some(5),
+            _ if self.bits == 64 || self.mode & mode::BASED == 0 => None,
+            Register::ES => Some(0),
+            Register::CS => Some(1),
+            Register::SS => Some(2),
+            _ => Some(3),
+        };
+        let base = i.memory_base();
+        let index = i.memory_index();
+        let disp = i.memory_displacement64();
+        let size = if base != Register::None { base.size() } else { index.size() };
+        let mut constant = None;
+        if base == Register::None && index == Register::None || i.is_ip_rel_memory_operand() {
+            let v = if self.bits == 64 { disp } else { disp & 0xffff_ffff };
+            constant = Some(v);
+            self.a.mov_imm(S0, v);
+        } else {
+            let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
+            let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
+            // 16-bit addresses wrap at 64 KiB and the displacement is one of 16 bits
+            let disp = if size == 2 { disp as i16 as i32 } else { disp as i32 };
+            let wide = size == 8 && self.bits == 64;
+            self.a.lea(wide, S0, b, x, disp);
+            if size == 2 {
+                self.a.movzx16(S0, S0);
+            }
+        }
+        if let Some(n) = seg_base {
+            self.a.load(S1, at::seg_base(n));
+            self.a.lea(self.bits == 64, S0, Some(S0), Some((S1, 1)), 0);
+            return None;
+        }
+        constant
+    }
+
+    /// Turn the linear address in r8 into host address `[r10 + r9]`; r8 is free
+    /// afterwards. Flags must have been kept by `before_probe`.
+    fn probe(&mut self, size: u32, write: bool, constant: Option<u64>) {
+        self.probed = true;
+        let retry = self.a.here();
+        let tag = if write { TAG_W } else { TAG_R };
+        match constant {
+            Some(c) => {
+                let slot = 8 * ((c >> 12) as u32 & 0xffff);
+                self.a.load(S2, tag + slot);
+                self.a.add(S2, S0);
+            }
+            None => {
+                self.a.rorx(S1, S0, 12);
+                self.a.movzx16(S1, S1);
+                self.a.load_indexed(S2, S1, tag);
+                self.a.add(S2, S0);
+            }
+        }
+        self.a.cmp_imm(S2, 4096 - size as i32);
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jcc(7, cold);
+        match constant {
+            Some(c) => self.a.load(S1, HOST + 8 * ((c >> 12) as u32 & 0xffff)),
+            None => self.a.load_indexed(S1, S1, HOST),
+        }
+        self.a.section(Section::Cold);
+        self.point(false);
+        self.a.mov_imm(S1, u64::from(size | if write { INFO_WRITE } else { 0 }));
+        self.a.call_abs(self.v.stubs.miss);
+        self.a.jmp(retry);
+        self.a.section(Section::Hot);
+    }
+
+    /// Address of the stack slot `below` bytes under the top, into r8.
+    fn stack_address(&mut self, below: i32) {
+        self.a.lea(self.wide(), S0, Some(GSP), None, -below);
+        if self.mode & mode::BASED != 0 && self.bits != 64 {
+            self.a.load(S1, at::seg_base(2));
+            self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
+        }
+    }
+
+    fn move_stack(&mut self, by: i32) {
+        self.a.lea(self.wide(), GSP, Some(GSP), None, by);
+    }
+
+    /// Push the value that `put` stores to `[r10 + r9]`; it may use r8.
+    fn push_with(&mut self, size: u8, live: u32, put: impl FnOnce(&mut Self)) {
+        self.before_probe(live);
+        self.stack_address(i32::from(size));
+        self.probe(u32::from(size), true, None);
+        put(self);
+        self.move_stack(-i32::from(size));
+    }
+
+    /// Pop into r8.
+    fn pop_to_s0(&mut self, size: u8, live: u32) {
+        self.before_probe(live);
+        self.stack_address(0);
+        self.probe(u32::from(size), false, None);
+        self.a.load_mem(size, S0, S2, S1);
+    }
+
+    fn push_const(&mut self, size: u8, v: u64, live: u32) {
+        self.push_with(size, live, |u| {
+            if size < 8 {
+                u.a.store_mem_imm(size, S2, S1, v as i32);
+            } else if i32::try_from(v as i64).is_ok() {
+                u.a.store_mem_imm(size, S2, S1, v as i32);
+            } else {
+                u.a.mov_imm(S0, v);
+                u.a.store_mem(size, S2, S1, S0);
+            }
+        });
+    }
+
+    // --- ways out ------------------------------------------------------------
+
+    /// A jump that can be linked: `hot` writes the jump at a place whose rel32
+    /// is the site.
+    fn site(&mut self, target: u64) {
+        let far = target & !0xfff != self.rip & !0xfff;
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jmp(cold);
+        let Label(s, n) = self.a.here();
+        self.sites.push((Label(s, n - 4), cold, target, far));
+        let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
+        self.a.section(Section::Cold);
+        self.a.mov_imm(S0, target);
+        self.a.mov_imm(S2, u64::from(id));
+        self.a.jmp_abs(self.v.stubs.link);
+        self.a.section(Section::Hot);
+    }
+
+    /// Go on at a known address; flags are in the host.
+    fn exit_to(&mut self, target: u64) {
+        let target = self.cut(target);
+        let same = target & !0xfff == self.rip & !0xfff;
+        if !self.probed && target <= self.rip && same {
+            self.poll(target);
+        }
+        // Supervisor text keeps its place; when any of it moves, `unlink_far`
+        // undoes these links. User pages differ from process to process.
+        if same || (self.mode & mode::USER == 0) {
+            self.site(target);
+        } else {
+            self.a.mov_imm(S0, target);
+            self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
+        }
+    }
+
+    /// A loop without memory accesses must still hear of events. Flags stay.
+    fn poll(&mut self, target: u64) {
+        self.a.mov(S0, RCX);
+        self.a.load32(RCX, at::PENDING);
+        let quiet = self.a.jrcxz();
+        self.a.mov(RCX, S0);
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
+        self.a.land(quiet);
+        self.a.mov(RCX, S0);
+    }
+
+    /// After an interrupt shadow: deliver what waits, else go on at `target`.
+    fn window(&mut self, target: u64) {
+        self.flags_to_host(S2, ALL);
+        self.a.store8_imm(at::SHADOW, 0);
+        self.a.mov(S0, RCX);
+        self.a.load8(RCX, at::IRQ_WAITING);
+        let quiet = self.a.jrcxz();
+        self.a.mov(RCX, S0);
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
+        self.a.land(quiet);
+        self.a.mov(RCX, S0);
+        self.exit_to(target);
+    }
+
+    /// Jump to the address in r8; flags are in the host.
+    fn exit_indirect(&mut self) {
+        self.a.movzx16(S1, S0);
+        self.a.jmp_gs_indexed(S1, JC);
+    }
+
+    fn cut(&self, v: u64) -> u64 {
+        match self.bits {
+            64 => v,
+            32 => v & 0xffff_ffff,
+            _ => v & 0xffff,
+        }
+    }
+
+    /// Let Rust perform the instruction; comes back here unless it jumps.
+    fn helper(&mut self, i: &Instruction) {
+        let id = self.v.helpers.len() as u32;
+        self.v.helpers.push(HelperEntry::new(*i));
+        self.point(false);
+        self.a.mov_imm(S2, u64::from(id));
+        let stub = if self.flags == Flags::Host { self.v.stubs.helper } else { self.v.stubs.helper_lazy };
+        self.a.call_abs(stub);
+        self.flags = Flags::Host;
+    }
+
+    // --- instructions ----------------------------------------------------------
+
+    /// Translate one instruction; true if it ended the block.
+    fn instruction(&mut self, item: &Item, last: bool) -> bool {
+        let i = &item.insn;
+        self.guest = i.ip().wrapping_sub(self.rip) as u16;
+        let live_before = item.effect.live_before(item.live_after);
+        if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
+            self.helper(i);
+            if ends(i) {
+                // The helper itself jumps; this is for the ones that fall through.
+                self.exit_to(i.next_ip());
+                return true;
+            }
+            return false;
+        }
+        match i.flow_control() {
+            FlowControl::Next => {}
+            _ => {
+                self.branch(i, live_before);
+                return true;
+            }
+        }
+        match i.mnemonic() {
+            M::Nop | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch
+            | M::Prefetchwt1 | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Prefetchit0 | M::Prefetchit1 | M::Reservednop => {}
+            M::Clflush | M::Clflushopt | M::Clwb => {
+                // Nothing to flush, but it faults as a load does.
+                self.before_probe(live_before);
+                let c = self.address(i);
+                self.probe(1, false, c);
+            }
+            M::Lea => self.lea(i),
+            M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),
+            M::Push => {
+                let size = self.stack_size(i);
+                self.load_operand(i, live_before, size);
+                self.a.store(at::TMP, S0);
+                self.push_with(size, live_before, |u| {
+                    u.a.load(S0, at::TMP);
+                    u.a.store_mem(size, S2, S1, S0);
+                });
+            }
+            M::Pop if i.op0_kind() == OpKind::Register => self.pop(i, live_before),
+            M::Leave => {
+                let size = (self.bits / 8) as u8;
+                self.before_probe(live_before);
+                self.a.lea(self.wide(), S0, Some(5), None, 0);
+                if self.mode & mode::BASED != 0 && self.bits != 64 {
+                    self.a.load(S1, at::seg_base(2));
+                    self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
+                }
+                self.probe(u32::from(size), false, None);
+                self.a.load_mem(size, S0, S2, S1);
+                self.a.lea(self.wide(), GSP, Some(5), None, i32::from(size));
+                self.a.mov(5, S0);
+            }
+            M::Cli => self.a.store8_imm(at::IFLAG, 0),
+            M::Sti => {
+                self.a.store8_imm(at::IFLAG, 1);
+                self.a.store8_imm(at::SHADOW, 1);
+            }
+            M::Cld => self.a.store8_imm(at::DF, 0),
+            M::Std => self.a.store8_imm(at::DF, 1),
+            M::Stac => self.a.store8_imm(at::AC, 1),
+            M::Clac => {
+                // User pages entered while AC was set must go.
+                self.a.store8_imm(at::AC, 0);
+                self.a.mov(S0, RCX);
+                self.a.load32(RCX, at::KUSER);
+                let none = self.a.jrcxz();
+                self.a.mov(RCX, S0);
+                let flags = self.flags;
+                self.helper(i);
+                self.flags = flags;
+                let done = self.a.jmp_short();
+                self.a.land(none);
+                self.a.mov(RCX, S0);
+                self.a.land(done);
+            }
+            M::Swapgs => {
+                self.a.load(S0, at::seg_base(5));
+                self.a.load(S1, at::KERNEL_GS_BASE);
+                self.a.store(at::seg_base(5), S1);
+                self.a.store(at::KERNEL_GS_BASE, S0);
+            }
+            M::Rdtsc => {
+                self.a.b(&[0x0f, 0x31]);
+                self.a.rorx(2, 2, 32);
+                self.a.lea(true, RAX, Some(RAX), Some((2, 1)), 0);
+                self.a.load(S0, at::TSC_OFFSET);
+                self.a.lea(true, RAX, Some(RAX), Some((S0, 1)), 0);
+                self.a.rorx(2, RAX, 32);
+                self.a.mov32(2, 2);
+                self.a.mov32(RAX, RAX);
+            }
+            M::Rdfsbase | M::Rdgsbase => {
+                let n = if i.mnemonic() == M::Rdfsbase { 4 } else { 5 };
+                let (to, _) = gpr_number(i.op0_register()).unwrap();
+                let h = pinned(to).unwrap_or(S0);
+                if i.op0_register().size() == 8 {
+                    self.a.load(h, at::seg_base(n));
+                } else {
+                    self.a.load32(h, at::seg_base(n));
+                }
+                if pinned(to).is_none() {
+                    self.a.store(at::gpr(to), h);
+                }
+            }
+            _ => self.generic(item, last),
+        }
+        false
+    }
+
+    fn push(&mut self, i: &Instruction, live: u32) {
+        let size = self.stack_size(i);
+        match i.op0_kind() {
+            OpKind::Register => {
+                let (n, _) = gpr_number(i.op0_register()).unwrap();
+                self.push_with(size, live, |u| {
+                    let r = u.use_gpr(n, S0);
+                    u.a.store_mem(size, S2, S1, r);
+                });
+            }
+            _ => {
+                let v = i.immediate(0);
+                self.push_const(size, v, live);
+            }
+        }
+    }
+
+    fn pop(&mut self, i: &Instruction, live: u32) {
+        let size = self.stack_size(i);
+        let (n, _) = gpr_number(i.op0_register()).unwrap();
+        self.pop_to_s0(size, live);
+        self.move_stack(i32::from(size));
+        match pinned(n) {
+            Some(h) if size >= 4 => self.a.mov(h, S0),
+            // mov h16, r8w
+            Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc0 | (h & 7)]),
+            None if size >= 4 => self.a.store(at::gpr(n), S0),
+            None => {
+                self.a.load(S1, at::gpr(n));
+                self.a.b(&[0x66, 0x45, 0x89, 0xc1]); // mov r9w, r8w
+                self.a.store(at::gpr(n), S1);
+            }
+        }
+    }
+
+    fn lea(&mut self, i: &Instruction) {
+        let (n, _) = gpr_number(i.op0_register()).unwrap();
+        let size = i.op0_register().size();
+        let base = i.memory_base();
+        let index = i.memory_index();
+        let address = if base != Register::None { base.size() } else { index.size() };
+        let to = pinned(n).unwrap_or(S0);
+        let disp = i.memory_displacement64();
+        if base == Register::None && index == Register::None || i.is_ip_rel_memory_operand() {
+            let v = if size == 8 { disp } else { disp & 0xffff_ffff };
+            let v = if self.bits == 64 { v } else { v & 0xffff_ffff };
+            if size == 2 {
+                self.a.mov_imm(S1, v & 0xffff);
+                self.low16(n, S1);
+                return;
+            }
+            self.a.mov_imm(to, v);
+        } else {
+            let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
+            let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
+            let disp = if address == 2 { disp as i16 as i32 } else { disp as i32 };
+            let wide = size == 8 && address == 8;
+            if size == 2 || address == 2 {
+                self.a.lea(false, S1, b, x, disp);
+                if size == 2 {
+                    self.low16(n, S1);
+                    return;
+                }
+                self.a.movzx16(to, S1);
+            } else {
+                self.a.lea(wide, to, b, x, disp);
+            }
+        }
+        if pinned(n).is_none() {
+            self.a.store(at::gpr(n), to);
+        }
+    }
+
+    /// Low 16 bits of guest register `n` from r9.
+    fn low16(&mut self, n: u8, _from: u8) {
+        match pinned(n) {
+            Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc8 | (h & 7)]), // mov h16, r9w
+            None => {
+                self.a.load(S0, at::gpr(n));
+                self.a.b(&[0x66, 0x45, 0x89, 0xc8]); // mov r8w, r9w
+                self.a.store(at::gpr(n), S0);
+            }
+        }
+    }
+
+    /// Load the memory operand, `size` bytes, into r8.
+    fn load_operand(&mut self, i: &Instruction, live: u32, size: u8) {
+        self.before_probe(live);
+        let c = self.address(i);
+        self.probe(u32::from(size), false, c);
+        self.a.load_mem(size, S0, S2, S1);
+    }
+
+    fn branch(&mut self, i: &Instruction, live: u32) {
+        let size = (self.bits / 8) as u8;
+        match i.flow_control() {
+            FlowControl::UnconditionalBranch => {
+                self.flags_to_host(S2, self.live_out);
+                self.exit_to(i.near_branch_target());
+            }
+            FlowControl::ConditionalBranch => {
+                let target = self.cut(i.near_branch_target());
+                let through = self.cut(i.next_ip());
+                match i.mnemonic() {
+                    M::Jcxz | M::Jecxz | M::Jrcxz | M::Loop | M::Loope | M::Loopne => {
+                        self.flags_to_host(S2, ALL);
+                        self.counted(i, target, through);
+                    }
+                    _ => {
+                        self.flags_to_host(S2, ALL);
+                        if !self.probed && target <= self.rip && target & !0xfff == self.rip & !0xfff {
+                            // keep the poll off the way that falls through
+                            let cc = i.condition_code() as u8 - 1;
+                            let taken = self.a.jcc_short(cc ^ 1);
+                            self.exit_to(target);
+                            self.a.land(taken);
+                        } else {
+                            let cc = i.condition_code() as u8 - 1;
+                            self.conditional(cc, target);
+                        }
+                        self.exit_to(through);
+                    }
+                }
+            }
+            FlowControl::Call => {
+                let target = self.cut(i.near_branch_target());
+                self.push_const(size, i.next_ip(), live);
+                self.flags_to_host(S2, self.live_out);
+                self.exit_to(target);
+            }
+            FlowControl::Return => {
+                self.pop_to_s0(size, live);
+                let extra = if i.op_count() > 0 && i.op0_kind() == OpKind::Immediate16 { i32::from(i.immediate16()) } else { 0 };
+                self.move_stack(i32::from(size) + extra);
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            FlowControl::IndirectBranch => {
+                self.indirect_target(i, live, size);
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            FlowControl::IndirectCall => {
+                self.indirect_target(i, live, size);
+                self.a.store(at::TMP, S0);
+                self.push_const(size, i.next_ip(), live);
+                self.a.load(S0, at::TMP);
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            _ => unreachable!("{i}"),
+        }
+    }
+
+    fn indirect_target(&mut self, i: &Instruction, live: u32, size: u8) {
+        if i.op0_kind() == OpKind::Memory {
+            self.load_operand(i, live, size);
+        } else {
+            let (n, _) = gpr_number(i.op0_register()).unwrap();
+            let r = self.use_gpr(n, S0);
+            if self.wide() {
+                self.a.mov(S0, r);
+            } else {
+                self.a.mov32(S0, r);
+            }
+        }
+    }
+
+    /// `jcc` to `target`, linked if it can be.
+    fn conditional(&mut self, cc: u8, target: u64) {
+        let same = target & !0xfff == self.rip & !0xfff;
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jcc(cc, cold);
+        let Label(s, n) = self.a.here();
+        if same || self.mode & mode::USER == 0 {
+            self.sites.push((Label(s, n - 4), cold, target, !same));
+            let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
+            self.a.section(Section::Cold);
+            self.a.mov_imm(S0, target);
+            self.a.mov_imm(S2, u64::from(id));
+            self.a.jmp_abs(self.v.stubs.link);
+        } else {
+            self.a.section(Section::Cold);
+            self.a.mov_imm(S0, target);
+            self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
+        }
+        self.a.section(Section::Hot);
+    }
+
+    /// LOOPcc and JrCXZ, whose conditions leave the flags alone.
+    fn counted(&mut self, i: &Instruction, target: u64, through: u64) {
+        let m = i.mnemonic();
+        let wide = match i.code() {
+            Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX => true,
+            _ => false,
+        };
+        let zero = |a: &mut Asm| {
+            if !wide {
+                a.b(&[0x67]);
+            }
+            a.jrcxz()
+        };
+        if matches!(m, M::Jecxz | M::Jrcxz | M::Jcxz) {
+            let taken = zero(&mut self.a);
+            self.exit_to(through);
+            self.a.land(taken);
+            self.exit_to(target);
+            return;
+        }
+        self.a.lea(wide, RCX, Some(RCX), None, -1);
+        let done = zero(&mut self.a);
+        let other = match m {
+            M::Loope => Some(self.a.jcc_short(5)),
+            M::Loopne => Some(self.a.jcc_short(4)),
+            _ => None,
+        };
+        self.exit_to(target);
+        self.a.land(done);
+        if let Some(o) = other {
+            self.a.land(o);
+        }
+        self.exit_to(through);
+    }
+
+    /// Copy the instruction with its registers renamed and its memory operand
+    /// behind a probe.
+    fn generic(&mut self, item: &Item, _last: bool) {
+        let i = &item.insn;
+        let bytes = &self.bytes[item.at..item.at + i.len()];
+        let live_before = item.effect.live_before(item.live_after);
+        let s = shape(i.code());
+        let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+            || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Xlatb);
+        let p = match Parts::new(bytes, self.bits) {
+            Some(p) if !s.vsib => p,
+            _ => return self.helper(i),
+        };
+        if has_mem && p.modrm().is_none() && !self.bounce {
+            return self.moffs(i, live_before);
+        }
+        let bit_string = crate::interp::bit_string(i);
+        let mut to = Renamed::default();
+        let high = (0..i.op_count())
+            .find(|&n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)).is_some_and(|g| g.1));
+        let mut swap = None;
+        if has_mem && self.bounce {
+            self.a.load(S2, at::TMP);
+            self.a.mov_imm(S1, 0);
+            to.mem = Some((S2, Some(S1)));
+        } else if has_mem {
+            let size = i.memory_size().size() as u32;
+            let access = self.memory_access(i);
+            if size == 0 || size > 64 || access == OpAccess::None || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
+                return self.helper(i);
+            }
+            self.before_probe(live_before);
+            let constant = if bit_string {
+                if self.bit_address(i).is_none() {
+                    return self.helper(i);
+                }
+                None
+            } else {
+                self.address(i)
+            };
+            self.probe(size, writes(access), constant);
+            to.mem = Some((S2, Some(S1)));
+        }
+        if let Some(n) = high {
+            let extended = (0..i.op_count())
+                .any(|n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)) == Some((4, false)));
+            if has_mem || extended {
+                // A high byte cannot be named beside r8-r15: swap it with the
+                // low byte around the instruction.
+                swap = gpr_number(i.op_register(n)).map(|g| g.0);
+            }
+        }
+        let needs_flags = item.effect.reads
+            | if item.effect.writes != 0 { item.live_after & !item.effect.kills } else { 0 };
+        if needs_flags != 0 {
+            self.flags_to_host(S0, needs_flags);
+        }
+        // Registers kept in memory, through scratch ones.
+        let fields = [s.reg, s.rm, s.vvvv, s.opcode];
+        let mut free: &[u8] = if has_mem { &[S0] } else { &[S0, S1, S2] };
+        let mut taken: [(u8, u8, bool); 4] = [(255, 0, false); 4];
+        let mut count = 0;
+        let mut spilled = fields
+            .iter()
+            .filter(|&&f| f != 0 && i.op_kind(u32::from(f) - 1) == OpKind::Register)
+            .filter_map(|&f| gpr_number(i.op_register(u32::from(f) - 1)))
+            .filter(|g| !g.1 && pinned(g.0).is_none())
+            .map(|g| g.0);
+        let (first, second) = (spilled.next(), spilled.next());
+        if has_mem && first.is_some() && second.is_some() && first != second {
+            // Two of them beside a memory operand: fold the address into one register.
+            self.a.lea(true, S2, Some(S2), Some((S1, 1)), 0);
+            to.mem = Some((S2, None));
+            free = &[S0, S1];
+        }
+        for (slot, &f) in fields.iter().enumerate() {
+            if f == 0 || i.op_kind(u32::from(f) - 1) != OpKind::Register {
+                continue;
+            }
+            let reg = i.op_register(u32::from(f) - 1);
+            let Some((n, high_byte)) = gpr_number(reg) else { continue };
+            let host = if high_byte {
+                if swap.is_some() {
+                    n // the low byte of the same register
+                } else {
+                    n + 4
+                }
+            } else if let Some(h) = pinned(n) {
+                h
+            } else if let Some(t) = taken[..count].iter().find(|t| t.0 == n) {
+                t.1
+            } else {
+                let h = free[0];
+                free = &free[1..];
+                let (reads_it, writes_it) = self.operand_access(i, n);
+                if reads_it || reg.size() < 4 {
+                    self.a.load(h, at::gpr(n));
+                }
+                taken[count] = (n, h, writes_it);
+                count += 1;
+                h
+            };
+            // A plain register keeps its own number where nothing changes.
+            let keep = !high_byte && host == n;
+            let want = if keep && swap.is_none() { None } else { Some(host) };
+            match slot {
+                0 => to.reg = want,
+                1 => to.rm = want,
+                2 => to.vvvv = want,
+                _ => to.opcode = want,
+            }
+        }
+        if bit_string {
+            // The address already holds the upper bits of the offset.
+            let from = to.reg.unwrap_or_else(|| gpr_number(i.op1_register()).unwrap().0);
+            self.a.pext_gs(S0, from, if i.op1_register().size() == 8 { at::MASK63 } else { at::MASK31 });
+            to.reg = Some(S0);
+        }
+        if let Some(n) = swap {
+            // xchg low, high: 86 /r
+            self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
+        }
+        self.point(self.flags == Flags::Host);
+        let out = self.a.buf();
+        encode(&p, bytes, &to, out);
+        if let Some(n) = swap {
+            self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
+        }
+        for &(n, h, written) in &taken[..count] {
+            if written {
+                self.a.store(at::gpr(n), h);
+            }
+        }
+        if item.effect.writes != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// MOV between the accumulator and a full address.
+    fn moffs(&mut self, i: &Instruction, live: u32) {
+        let size = i.memory_size().size() as u8;
+        let load = i.op0_kind() == OpKind::Register;
+        self.before_probe(live);
+        let c = self.address(i);
+        self.probe(u32::from(size), !load, c);
+        if size == 2 {
+            self.a.b(&[0x66]);
+        }
+        let op = match (load, size) {
+            (true, 1) => 0x8a,
+            (true, _) => 0x8b,
+            (false, 1) => 0x88,
+            (false, _) => 0x89,
+        };
+        // [r10 + r9]
+        self.a.b(&[if size == 8 { 0x4b } else { 0x43 }, op, 0x04, 0x0a]);
+    }
+
+    /// How an instruction uses its memory operand.
+    fn memory_access(&mut self, i: &Instruction) -> OpAccess {
+        let info = self.info.info(i);
+        for n in 0..i.op_count() {
+            if i.op_kind(n) == OpKind::Memory {
+                return info.op_access(n);
+            }
+        }
+        OpAccess::None
+    }
+
+    /// Whether the explicit operands naming guest register `n` are read, written.
+    fn operand_access(&mut self, i: &Instruction, n: u8) -> (bool, bool) {
+        let info = self.info.info(i);
+        let (mut r, mut w) = (false, false);
+        for k in 0..i.op_count() {
+            if i.op_kind(k) == OpKind::Register && gpr_number(i.op_register(k)).is_some_and(|g| g.0 == n) {
+                let a = info.op_access(k);
+                // A conditional write keeps the old value.
+                r |= reads(a) || matches!(a, OpAccess::CondWrite);
+                w |= writes(a);
+            }
+        }
+        (r, w)
+    }
+
+    /// BT and its kin with a register bit offset reach beyond their operand:
+    /// r8 = address + (offset >> log2 size) * size.
+    fn bit_address(&mut self, i: &Instruction) -> Option<()> {
+        let (n, _) = gpr_number(i.op1_register())?;
+        let size = i.op1_register().size();
+        if size == 2 {
+            return None;
+        }
+        self.address(i);
+        let r = self.use_gpr(n, S1);
+        // r9 = sign-extended offset, shifted without flags: sarx needs a count
+        // register, so r10 holds it.
+        let (count, width) = if size == 8 { (6, true) } else { (5, false) };
+        self.a.mov_imm(S2, count);
+        if !width {
+            // movsxd r9, r32
+            self.a.b(&[0x4c | (r >> 3), 0x63, 0xc8 | (r & 7)]);
+        } else {
+            self.a.mov(S1, r);
+        }
+        // sarx r9, r9, r10
+        self.a.b(&[0xc4, 0x42, 0xaa, 0xf7, 0xc9]);
+        self.a.lea(self.wide(), S0, Some(S0), Some((S1, size as u8)), 0);
+        Some(())
+    }
+}

@@ -1,0 +1,837 @@
+//! One virtual processor: its parts, and the loop between translated code and
+//! everything that is not translated code.
+use crate::block::{Blocks, NumberMap};
+use crate::cache::CodeCache;
+use crate::cpu::{exit, Cpu, NO_SITE, TF};
+use crate::interp::{self, Flow, Helper};
+use crate::mmu::{Exception, Phys, Regions, Trap, Who, CR4_PAE};
+use crate::stubs::Stubs;
+use crate::{asm::Asm, signals};
+use bunshin_core::chips::Chips;
+use bunshin_core::{clock, Exit, Reply, Result};
+use iced_x86::Instruction;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+/// Bits that translations depend on besides their bytes and address.
+pub mod mode {
+    pub const BITS16: u32 = 0;
+    pub const BITS32: u32 = 1;
+    pub const BITS64: u32 = 2;
+    const BITS: u32 = 3;
+    /// Privilege level 3.
+    pub const USER: u32 = 4;
+    /// Some segment base of CS, DS, ES, SS is not zero.
+    pub const BASED: u32 = 8;
+    /// CR4.FSGSBASE is clear.
+    pub const NO_FSGSBASE: u32 = 16;
+    /// CR4.UMIP is set.
+    pub const UMIP: u32 = 32;
+    /// CR4.TSD is set.
+    pub const TSD: u32 = 64;
+
+    /// Operand size of the code segment.
+    pub fn bits(m: u32) -> u32 {
+        match m & BITS {
+            BITS16 => 16,
+            BITS32 => 32,
+            _ => 64,
+        }
+    }
+}
+
+/// An instruction that Rust performs.
+pub struct HelperEntry {
+    pub insn: Instruction,
+    pub helper: Helper,
+}
+
+impl HelperEntry {
+    pub fn new(insn: Instruction) -> Self {
+        Self { helper: interp::helper(&insn), insn }
+    }
+}
+
+macro_rules! counters {
+    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
+        /// What happened so far.
+        #[derive(Default, Debug, Clone)]
+        pub struct Counters {
+            $($(#[$doc])* pub $name: u64,)*
+        }
+        impl Counters {
+            /// Name and value of every counter.
+            pub fn list(&self) -> Vec<(&'static str, u64)> {
+                vec![$((stringify!($name), self.$name),)*]
+            }
+        }
+    };
+}
+
+counters! {
+    /// Blocks translated.
+    blocks,
+    instructions_translated,
+    host_bytes,
+    translate_ticks,
+    /// Page walks.
+    walks,
+    tlb_fills,
+    tlb_flushes,
+    invlpg,
+    cr3_writes,
+    /// Indirect jumps that missed the jump cache.
+    lookups,
+    links,
+    /// Blocks dropped because their code changed.
+    killed,
+    code_writes,
+    cache_flushes,
+    /// Instructions performed one at a time.
+    slow_steps,
+    exceptions,
+    interrupts,
+    /// Events that stopped translated code.
+    events,
+    helpers,
+    halts,
+    port_accesses,
+    device_accesses,
+}
+
+/// What other threads may touch.
+pub struct Shared {
+    /// `Cpu::pending`, inside the processor page.
+    pending: *const AtomicU32,
+    /// The owner asked `run` to return.
+    pub kicked: AtomicBool,
+    /// Guest memory was changed from outside: (gpa, length).
+    pub changed: Mutex<Vec<(u64, u64)>>,
+    pub thread: AtomicU32,
+    halt: Mutex<bool>,
+    wake: Condvar,
+    alive: AtomicBool,
+}
+
+// SAFETY: `pending` points to an atomic; it is used only while `alive`.
+unsafe impl Send for Shared {}
+// SAFETY: as above.
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    /// Make the processor look at its events soon.
+    pub fn poke(&self) {
+        if !self.alive.load(Ordering::Acquire) {
+            return;
+        }
+        // SAFETY: alive, so the processor page is mapped.
+        let before = unsafe { &*self.pending }.swap(1, Ordering::AcqRel);
+        *self.halt.lock().unwrap() = true;
+        self.wake.notify_one();
+        let thread = self.thread.load(Ordering::Acquire);
+        if before == 0 && thread != 0 && thread != signals::thread_id() {
+            signals::kick(thread);
+        }
+    }
+
+    pub fn forget(&self) {
+        self.alive.store(false, Ordering::Release);
+    }
+}
+
+impl bunshin_core::Kicker for Shared {
+    fn kick(&self) {
+        self.kicked.store(true, Ordering::Release);
+        self.poke();
+    }
+}
+
+pub struct Vcpu {
+    pub index: u32,
+    cpu: *mut Cpu,
+    pub regions: Regions,
+    /// Region in use, and the one of the current address space's user mode.
+    pub region: usize,
+    pub user_region: usize,
+    pub clock: u64,
+    /// Supervisor code was run from pages that are not global.
+    pub nonglobal_code: bool,
+    pub phys: Phys,
+    pub cache: CodeCache,
+    pub stubs: Stubs,
+    pub blocks: Blocks,
+    pub helpers: Vec<HelperEntry>,
+    /// Single instructions with their operand in the bounce buffer, by bytes.
+    pub snippets: NumberMap<u128, u64>,
+    pub asm: Asm,
+    pub chips: Arc<Chips>,
+    pub shared: Arc<Shared>,
+    pub counters: Counters,
+    pub msrs: crate::msr::Msrs,
+    pub cpuid: Arc<crate::cpuid::Table>,
+    /// Whether device accesses may leave to the owner now.
+    pub may_exit: bool,
+    /// Device reads already answered for the instruction in progress.
+    pub answers: Vec<u64>,
+    pub answer_next: usize,
+    /// Device writes of completed instructions.
+    pub outbox: VecDeque<Exit>,
+    /// The owner owes an answer to this exit.
+    pub owed: Option<Owed>,
+    pub fatal: Option<Exit>,
+    /// Bytes of the instruction fetched last.
+    pub bytes: [u8; 15],
+    /// A kick came while a snippet ran.
+    pub again: bool,
+    /// CLOCK_MONOTONIC at which the guest's system time is zero.
+    pub boot_ns: u64,
+    pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
+    timer: signals::Timer,
+    timer_set: u64,
+    registered: bool,
+}
+
+/// What an unanswered exit waits for.
+#[derive(Clone, Debug)]
+pub enum Owed {
+    /// The value joins `answers`, the instruction runs again.
+    Answer { size: u8, count: u32 },
+}
+
+// SAFETY: raw pointers lead into memory that the Vcpu owns.
+unsafe impl Send for Vcpu {}
+
+/// Room that one translation may need, bytes.
+const ROOM: usize = 1 << 16;
+/// Code cache, bytes.
+const CACHE: usize = 96 << 20;
+
+impl Vcpu {
+    /// Build processor `index` with its tables and stubs.
+    pub fn new(index: u32, phys: Phys, chips: Arc<Chips>, cpuid: Arc<crate::cpuid::Table>, shared: &mut Option<Arc<Shared>>) -> Result<Box<Self>> {
+        signals::install();
+        let mut cache = CodeCache::new(CACHE)?;
+        let stubs = Stubs::write(&mut cache, crate::host::xsave_mask(), crate::host::has_xsaveopt());
+        let mut regions = Regions::new()?;
+        regions.set_miss(stubs.lookup);
+        let cpu = regions.cpu;
+        // SAFETY: the page is mapped and nobody else uses it yet.
+        let pending = unsafe { &raw const (*cpu).pending };
+        let made = Arc::new(Shared {
+            pending,
+            kicked: AtomicBool::new(false),
+            changed: Mutex::new(Vec::new()),
+            thread: AtomicU32::new(0),
+            halt: Mutex::new(false),
+            wake: Condvar::new(),
+            alive: AtomicBool::new(true),
+        });
+        *shared = Some(made.clone());
+        let mut v = Box::new(Self {
+            index,
+            cpu,
+            regions,
+            region: 0,
+            user_region: 1,
+            clock: 0,
+            nonglobal_code: false,
+            phys,
+            cache,
+            stubs,
+            blocks: Blocks::default(),
+            helpers: Vec::new(),
+            snippets: NumberMap::default(),
+            asm: Asm::default(),
+            chips,
+            shared: made,
+            counters: Counters::default(),
+            msrs: crate::msr::Msrs::default(),
+            cpuid,
+            may_exit: false,
+            answers: Vec::new(),
+            answer_next: 0,
+            outbox: VecDeque::new(),
+            owed: None,
+            fatal: None,
+            bytes: [0; 15],
+            again: false,
+            boot_ns: clock::now_ns(),
+            doorbells: Arc::default(),
+            timer: signals::Timer::default(),
+            timer_set: 0,
+            registered: false,
+        });
+        let me = &raw mut *v;
+        let fault_stub = v.stubs.fault;
+        let c = v.cpu_mut();
+        c.vcpu = me as u64;
+        c.fn_fill = fill as *const () as u64;
+        c.fn_lookup = lookup as *const () as u64;
+        c.fn_link = link as *const () as u64;
+        c.fn_helper = run_helper as *const () as u64;
+        c.fault_stub = fault_stub;
+        c.mask63 = 63;
+        c.mask31 = 31;
+        v.reset();
+        Ok(v)
+    }
+
+    pub fn cpu(&self) -> &Cpu {
+        // SAFETY: owned by `regions`; translated code does not run while Rust does.
+        unsafe { &*self.cpu }
+    }
+
+    pub fn cpu_mut(&mut self) -> &mut Cpu {
+        // SAFETY: as in `cpu`.
+        unsafe { &mut *self.cpu }
+    }
+
+    /// Mode bits of the current state.
+    pub fn mode(&self) -> u32 {
+        let c = self.cpu();
+        let mut m = if c.code64() {
+            mode::BITS64
+        } else if c.seg[1].big() {
+            mode::BITS32
+        } else {
+            mode::BITS16
+        };
+        if c.cpl == 3 {
+            m |= mode::USER;
+        }
+        if m & 3 != mode::BITS64 && (0..4).any(|n| c.seg[n].base != 0) {
+            m |= mode::BASED;
+        }
+        if c.cr4 & (1 << 16) == 0 {
+            m |= mode::NO_FSGSBASE;
+        }
+        if c.cr4 & (1 << 11) != 0 {
+            m |= mode::UMIP;
+        }
+        if c.cr4 & 4 != 0 {
+            m |= mode::TSD;
+        }
+        m
+    }
+
+    /// Who fetches code at the current privilege.
+    pub fn fetcher(&self) -> Who {
+        if self.cpu().cpl == 3 {
+            Who::User
+        } else {
+            Who::Supervisor
+        }
+    }
+
+    /// Linear address of `rip`.
+    pub fn linear_rip(&self, rip: u64) -> u64 {
+        let c = self.cpu();
+        if c.code64() {
+            rip
+        } else {
+            rip.wrapping_add(c.seg[1].base) & 0xffff_ffff
+        }
+    }
+
+    /// The mapping of code may have changed as a whole.
+    pub fn code_moved(&mut self) {
+        self.unlink_far();
+        let miss = self.stubs.lookup;
+        self.regions.all[0].flush_jc(miss);
+        self.nonglobal_code = false;
+    }
+
+    // --- the loop ------------------------------------------------------------
+
+    /// Run until the owner is needed.
+    pub fn run(&mut self, reply: Reply) -> Exit {
+        self.attach();
+        let e = self.run_loop(reply);
+        signals::set_page(0);
+        if let Exit::PioIn { size, count, .. } = e {
+            self.owed = Some(Owed::Answer { size, count });
+        } else if let Exit::MmioRead { size, .. } = e {
+            self.owed = Some(Owed::Answer { size, count: 1 });
+        } else if let Exit::Hypercall { .. } = e {
+            self.owed = Some(Owed::Answer { size: 8, count: 1 });
+        }
+        e
+    }
+
+    fn run_loop(&mut self, reply: Reply) -> Exit {
+        if let Some(e) = &self.fatal {
+            return e.clone();
+        }
+        let mut again = false;
+        if self.owed.is_some() {
+            self.answer(reply);
+            again = true;
+        }
+        if let Some(e) = self.outbox.pop_front() {
+            return e;
+        }
+        if again {
+            if let Some(e) = self.step() {
+                return e;
+            }
+        }
+        loop {
+            if let Some(e) = self.events() {
+                return e;
+            }
+            if self.cpu().halted != 0 {
+                continue;
+            }
+            if self.cpu().eflags & TF != 0 {
+                if let Some(e) = self.step() {
+                    return e;
+                }
+                continue;
+            }
+            let rip = self.cpu().rip;
+            let id = match self.find_block(rip) {
+                Some(id) => id,
+                None => match self.translate_here(rip, NO_SITE) {
+                    Some(id) => id,
+                    None => continue,
+                },
+            };
+            self.cpu_mut().resume = self.blocks.all[id as usize].body;
+            if let Some(e) = self.enter() {
+                return e;
+            }
+            if self.fatal.is_some() {
+                return self.fatal.clone().unwrap();
+            }
+        }
+    }
+
+    fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
+        let mut site = site;
+        if self.cache.room() < ROOM {
+            self.flush_code();
+            site = NO_SITE;
+        }
+        match self.translate(rip) {
+            Ok(id) => {
+                if site != NO_SITE {
+                    self.link_to(site, id);
+                }
+                Some(id)
+            }
+            Err(e) => {
+                self.deliver(e);
+                None
+            }
+        }
+    }
+
+    /// Run translated code from `cpu.resume` until something needs the loop.
+    fn enter(&mut self) -> Option<Exit> {
+        loop {
+            // SAFETY: the stub keeps the C ABI; `cpu.resume` is code in the cache.
+            unsafe {
+                let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
+                enter(self.cpu);
+            }
+            let (code, arg) = (self.cpu().exit, self.cpu().arg);
+            match code {
+                exit::TRANSLATE => {
+                    let rip = self.cpu().rip;
+                    if self.cpu().pending.load(Ordering::Relaxed) != 0 || self.cpu().eflags & TF != 0 {
+                        return None;
+                    }
+                    let id = match self.find_block(rip) {
+                        Some(id) => id,
+                        None => self.translate_here(rip, arg)?,
+                    };
+                    self.cpu_mut().resume = self.blocks.all[id as usize].body;
+                }
+                exit::HELPER => {
+                    let (insn, helper) = {
+                        let h = &self.helpers[arg as usize];
+                        (h.insn, h.helper)
+                    };
+                    let resume = self.cpu().host_pc;
+                    match self.perform(&insn, helper) {
+                        Ok(true) => {
+                            if !self.outbox.is_empty() || self.cpu().halted != 0 {
+                                return self.outbox.pop_front();
+                            }
+                            if self.cpu().pending.load(Ordering::Relaxed) != 0 {
+                                return None;
+                            }
+                            self.cpu_mut().resume = resume;
+                        }
+                        Ok(false) => return self.outbox.pop_front(),
+                        Err(e) => return Some(e),
+                    }
+                }
+                exit::SLOW => {
+                    self.locate_rip();
+                    if self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0 {
+                        return None;
+                    }
+                    return self.step();
+                }
+                exit::FAULT => {
+                    self.host_fault();
+                    return None;
+                }
+                exit::EVENT => return None,
+                _ => {
+                    self.fail(format!("translated code ended with unknown code {code}"));
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// Set rip (and flags) to the guest instruction at `cpu.host_pc`.
+    fn locate_rip(&mut self) {
+        let pc = self.cpu().host_pc;
+        // A return address lies behind its call.
+        let Some((b, p)) = self.blocks.locate(pc - 1) else {
+            self.fail(format!("host address {pc:#x} is in no translation"));
+            return;
+        };
+        let rip = b.key.va.wrapping_add(u64::from(p.guest));
+        self.cpu_mut().rip = rip;
+    }
+
+    /// The host processor faulted in a copied instruction.
+    fn host_fault(&mut self) {
+        let pc = self.cpu().host_pc;
+        let (vector, address) = (self.cpu().fault_vector as u8, self.cpu().fault_addr);
+        let Some((b, p)) = self.blocks.locate(pc) else {
+            self.fail(format!("host fault {vector} at {pc:#x} (address {address:#x}) in no translation"));
+            return;
+        };
+        let rip = b.key.va.wrapping_add(u64::from(p.guest));
+        if p.host_flags {
+            let f = self.cpu().fault_flags;
+            self.cpu_mut().set_arith(f);
+        }
+        self.cpu_mut().rip = rip;
+        if vector == crate::mmu::PF_ {
+            self.fail(format!("translated code for rip {rip:#x} touched host address {address:#x}"));
+            return;
+        }
+        let e = if vector == crate::mmu::GP { Exception::gp() } else { Exception::new(vector) };
+        self.deliver(e);
+    }
+
+    /// Perform one instruction outside translated code. Ok(true): it fell
+    /// through; Ok(false): look at rip afresh; Err: the owner is needed.
+    fn perform(&mut self, insn: &Instruction, helper: Helper) -> std::result::Result<bool, Exit> {
+        self.may_exit = true;
+        self.answer_next = 0;
+        let out = self.outbox.len();
+        let before = self.cpu().eflags & TF;
+        let r = (helper.run)(self, insn);
+        self.may_exit = false;
+        self.finish(insn, r, out, before)
+    }
+
+    fn finish(&mut self, insn: &Instruction, r: std::result::Result<Flow, Trap>, out: usize, traced: u64) -> std::result::Result<bool, Exit> {
+        match r {
+            Ok(flow) => {
+                self.answers.clear();
+                self.cpu_mut().shadow = 0;
+                if flow == Flow::Next {
+                    self.cpu_mut().rip = insn.next_ip();
+                }
+                // An instruction that clears TF (POPF, INT n) does not trap.
+                if traced != 0 && self.cpu().eflags & TF != 0 {
+                    self.cpu_mut().dr[6] |= 1 << 14;
+                    self.deliver(Exception::new(crate::mmu::DB));
+                    return Ok(false);
+                }
+                Ok(flow == Flow::Next)
+            }
+            Err(Trap::Fault(e)) => {
+                self.answers.clear();
+                self.outbox.truncate(out);
+                self.cpu_mut().shadow = 0;
+                self.deliver(e.settle(insn));
+                Ok(false)
+            }
+            Err(Trap::Exit(e)) => {
+                self.outbox.truncate(out);
+                Err(e)
+            }
+            Err(Trap::Device) => {
+                self.fail("a device access could not be completed".into());
+                Ok(false)
+            }
+        }
+    }
+
+    /// Perform the instruction at rip, whatever it is.
+    pub fn step(&mut self) -> Option<Exit> {
+        self.counters.slow_steps += 1;
+        let insn = match self.fetch() {
+            Ok(i) => i,
+            Err(e) => {
+                self.deliver(e);
+                return None;
+            }
+        };
+        let helper = interp::Helper { run: crate::slow::any, outside: true };
+        match self.perform(&insn, helper) {
+            Ok(_) => self.outbox.pop_front(),
+            Err(e) => Some(e),
+        }
+    }
+
+    /// Take the owner's answer and finish the instruction that wanted it.
+    pub fn complete(&mut self, reply: Reply) {
+        if self.owed.is_some() {
+            self.answer(reply);
+            if let Some(e) = self.step() {
+                self.outbox.push_front(e);
+            }
+        }
+    }
+
+    /// Signal the doorbell at `gpa`, if there is one for this write.
+    pub fn ring(&self, gpa: u64, size: u8, value: u64) -> bool {
+        let bells = self.doorbells.lock().unwrap();
+        let mut hit = false;
+        for d in bells.iter().filter(|d| d.address == gpa && d.size == size && d.value.is_none_or(|v| v == value)) {
+            let one = 1u64;
+            // SAFETY: writes 8 bytes to a descriptor that the owner gave.
+            unsafe { libc::write(d.event, (&raw const one).cast(), 8) };
+            hit = true;
+        }
+        hit
+    }
+
+    /// The local APIC is globally enabled.
+    pub fn chips_enabled(&self) -> bool {
+        matches!(self.chips.msr_read(self.index, 0x1b), Some(Ok(x)) if x & 0x800 != 0)
+    }
+
+    /// Take the owner's answer to the last exit.
+    pub fn answer(&mut self, reply: Reply) {
+        if let Some(Owed::Answer { size, count }) = self.owed.take() {
+            match reply {
+                Reply::Value(v) => self.answers.push(v),
+                Reply::Bytes(b) => {
+                    for n in 0..count as usize {
+                        let mut v = [0; 8];
+                        let s = usize::from(size);
+                        if let Some(part) = b.get(n * s..n * s + s) {
+                            v[..s].copy_from_slice(part);
+                        }
+                        self.answers.push(u64::from_le_bytes(v));
+                    }
+                }
+                Reply::None => self.answers.push(u64::MAX),
+            }
+        }
+    }
+
+    /// The engine cannot go on.
+    pub fn fail(&mut self, reason: String) {
+        let c = self.cpu();
+        let at = format!("{reason} (rip {:#x}, mode {:#x})", c.rip, self.mode());
+        self.fatal.get_or_insert(Exit::Failed { reason: at });
+    }
+
+    pub fn shut_down(&mut self, reason: String) {
+        self.fatal.get_or_insert(Exit::Shutdown { reason });
+    }
+
+    // --- events -----------------------------------------------------------------
+
+    /// Kicks, timers, changed memory, interrupts; HLT waits here.
+    fn events(&mut self) -> Option<Exit> {
+        loop {
+            if let Some(e) = &self.fatal {
+                return Some(e.clone());
+            }
+            *self.shared.halt.lock().unwrap() = false;
+            if self.cpu().pending.swap(0, Ordering::AcqRel) != 0 {
+                self.counters.events += 1;
+            }
+            if self.shared.kicked.swap(false, Ordering::AcqRel) {
+                return Some(Exit::Kicked);
+            }
+            let changed = std::mem::take(&mut *self.shared.changed.lock().unwrap());
+            for (gpa, length) in changed {
+                self.memory_changed(gpa, length);
+            }
+            // The deadline first: one that has passed is told as the time of asking.
+            let deadline = self.chips.next_deadline_ns(self.index);
+            let now = clock::now_ns();
+            if deadline.is_some_and(|d| d <= now) {
+                self.chips.tick(self.index, now);
+            }
+            self.arm();
+            self.cpu_mut().irq_waiting = 0;
+            if self.chips.take_nmi(self.index) {
+                self.cpu_mut().halted = 0;
+                self.interrupt_now(2);
+            } else if self.chips.pending(self.index) {
+                if self.cpu().iflag != 0 && self.cpu().shadow == 0 {
+                    if let Some(vector) = self.chips.ack(self.index) {
+                        self.cpu_mut().halted = 0;
+                        self.counters.interrupts += 1;
+                        self.interrupt_now(vector);
+                    }
+                } else {
+                    self.cpu_mut().irq_waiting = 1;
+                }
+            }
+            if self.cpu().halted == 0 {
+                return None;
+            }
+            self.counters.halts += 1;
+            self.wait();
+        }
+    }
+
+    /// Set the host timer for the next deadline of the chips.
+    fn arm(&mut self) {
+        let next = self.chips.next_deadline_ns(self.index).unwrap_or(0);
+        if next != self.timer_set {
+            self.timer_set = next;
+            self.timer.set(next);
+        }
+    }
+
+    /// Sleep in HLT until poked or the next deadline.
+    fn wait(&mut self) {
+        let deadline = self.chips.next_deadline_ns(self.index);
+        let woken = self.shared.halt.lock().unwrap();
+        if *woken || self.cpu().pending.load(Ordering::Acquire) != 0 {
+            return;
+        }
+        match deadline {
+            Some(d) => {
+                let now = clock::now_ns();
+                if d > now {
+                    drop(self.shared.wake.wait_timeout(woken, Duration::from_nanos(d - now)));
+                }
+            }
+            None => drop(self.shared.wake.wait(woken)),
+        }
+    }
+
+    /// Bind to the calling thread: signals and timers go there.
+    fn attach(&mut self) {
+        let id = signals::thread_id();
+        if self.shared.thread.load(Ordering::Relaxed) != id {
+            self.shared.thread.store(id, Ordering::Release);
+            self.timer = signals::Timer::new(id);
+            self.timer_set = 0;
+        }
+        if !self.registered {
+            self.registered = true;
+            let (from, to) = self.cache.range();
+            signals::register(from, to);
+        }
+        signals::set_page(self.cpu as u64);
+    }
+
+    fn memory_changed(&mut self, gpa: u64, length: u64) {
+        let mut at = gpa;
+        let end = gpa.saturating_add(length);
+        while at < end {
+            let n = (4096 - (at & 0xfff)).min(end - at);
+            self.code_changed(at, n);
+            at += n;
+        }
+    }
+
+    /// True when paging structures have 8-byte entries.
+    pub fn pae(&self) -> bool {
+        self.cpu().cr4 & CR4_PAE != 0
+    }
+}
+
+impl Drop for Vcpu {
+    fn drop(&mut self) {
+        self.shared.forget();
+        let (from, _) = self.cache.range();
+        signals::unregister(from);
+    }
+}
+
+// --- functions that stubs call ---------------------------------------------------
+//
+// They run with the guest's vector registers live above bit 127, so they must
+// not call anything that uses AVX, such as the C library's memcpy.
+
+extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u32 {
+    v.counters.tlb_fills += 1;
+    u32::from(v.fill(va, info))
+}
+
+extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
+    if v.cpu().eflags & TF != 0 {
+        return 0;
+    }
+    v.lookup(rip)
+}
+
+extern "C" fn link(v: &mut Vcpu, rip: u64, site: u32) -> u64 {
+    v.link(rip, site)
+}
+
+/// 0: fall through; 1: leave, `cpu.exit` says why; else code to go on at.
+extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
+    let h = &v.helpers[id as usize];
+    let (helper, insn): (Helper, *const Instruction) = (h.helper, &raw const h.insn);
+    // SAFETY: helpers are only cleared by the loop, outside translated code.
+    let insn = unsafe { &*insn };
+    v.counters.helpers += 1;
+    let c = v.cpu_mut();
+    c.rip = insn.ip();
+    if helper.outside {
+        c.exit = exit::HELPER;
+        c.arg = id;
+        return 1;
+    }
+    match (helper.run)(v, insn) {
+        Ok(Flow::Next) => {
+            v.cpu_mut().rip = insn.next_ip();
+            0
+        }
+        Ok(Flow::Jump) => go_on(v),
+        Err(Trap::Fault(e)) => {
+            v.deliver(e.settle(insn));
+            if v.fatal.is_some() {
+                v.cpu_mut().exit = exit::EVENT;
+                return 1;
+            }
+            go_on(v)
+        }
+        Err(_) => {
+            let c = v.cpu_mut();
+            c.exit = exit::HELPER;
+            c.arg = id;
+            1
+        }
+    }
+}
+
+fn go_on(v: &mut Vcpu) -> u64 {
+    let rip = v.cpu().rip;
+    let c = v.cpu_mut();
+    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 {
+        c.exit = exit::EVENT;
+        return 1;
+    }
+    let code = v.lookup(rip);
+    if code == 0 {
+        let c = v.cpu_mut();
+        c.exit = exit::TRANSLATE;
+        c.arg = NO_SITE;
+        return 1;
+    }
+    code
+}
