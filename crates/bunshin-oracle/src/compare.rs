@@ -1,0 +1,271 @@
+//! Two judges run the same case; what they find must be equal.
+//!
+//! Always compared: how the run stopped, general registers, rip, the XSAVE
+//! area in its normal form, and all memory. Not compared:
+//!
+//! - flags at a fault, unless [`Options::exact_flags`]: an engine may not have
+//!   computed what no instruction would read; RF, IF and above never;
+//! - anything when either side ran out of time;
+//! - the page-fault error code at non-user addresses, where Linux hides it;
+//! - what [`exempt`] finds: results that the processor does not promise.
+use crate::arena::{image_address, image_offset, LINE};
+use crate::case::Case;
+use crate::state::{register_text, Difference, UserState, USER_FLAGS};
+use iced_x86::{Decoder, DecoderOptions};
+
+/// Why a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Stop {
+    /// INT3; rip is behind it.
+    Breakpoint,
+    /// An exception.
+    Fault {
+        /// Exception number.
+        vector: u8,
+        /// Error code, 0 for exceptions without one.
+        error: u32,
+        /// Linear address for vector 14, otherwise 0.
+        address: u64,
+    },
+    /// A SYSCALL instruction, or INT 80h.
+    Syscall,
+    /// The run did not end; registers and memory mean nothing.
+    Timeout,
+    /// The judge itself could not go on.
+    Failed(String),
+}
+
+/// What a judge found.
+#[derive(Clone)]
+pub struct Outcome {
+    /// Registers after the run, normalised.
+    pub state: UserState,
+    /// Why it ended.
+    pub stop: Stop,
+    /// Lines of memory that differ from the base image, by image offset.
+    pub memory: Vec<(usize, [u8; LINE])>,
+}
+
+/// Something that can run a case: the host processor, an engine.
+pub trait Judge {
+    /// For reports.
+    fn name(&self) -> &'static str;
+    /// Run a case from its state; nothing of it remains for the next.
+    fn run(&mut self, case: &Case) -> Outcome;
+}
+
+/// How strict to be.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Options {
+    /// Compare the arithmetic flags at faults too.
+    pub exact_flags: bool,
+}
+
+/// Differences that a report shows.
+const SHOWN: usize = 24;
+
+/// Opcodes whose results nobody promises or the hypervisor gives: RDTSC,
+/// CPUID, RDPMC, the groups of XGETBV, RDTSCP, RDRAND, SLDT.
+const UNPROMISED: [[u8; 2]; 6] =
+    [[0x0f, 0x31], [0x0f, 0xa2], [0x0f, 0x33], [0x0f, 0x01], [0x0f, 0xc7], [0x0f, 0x00]];
+
+/// Why a difference says nothing, given how one side ended; None in nearly
+/// all cases. Only code that writes over itself is concerned:
+///
+/// - it can become an instruction that the generator would not make (NOT of
+///   F0 CE is RDTSC);
+/// - a repeated string operation that overwrites itself goes on with the old
+///   bytes until an interrupt of the host makes it start again;
+/// - a branch to a non-canonical address faults at its target, not at the branch;
+/// - alignment checks (#AC) are not modelled by the translator.
+pub fn exempt(case: &Case, outcome: &Outcome) -> Option<&'static str> {
+    if matches!(outcome.stop, Stop::Fault { vector: 17, .. }) {
+        return Some("alignment checks are not modelled");
+    }
+    let rip = outcome.state.rip;
+    if (rip as i64) << 16 >> 16 != rip as i64 {
+        return Some("a branch to a non-canonical address faults at its target");
+    }
+    let before = case.bytes();
+    let start = image_offset(case.state.rip, before.len())?;
+    let mut after = before.clone();
+    for (offset, line) in &outcome.memory {
+        for (i, byte) in line.iter().enumerate() {
+            if let Some(at) = (offset + i).checked_sub(start).filter(|at| *at < after.len()) {
+                after[at] = *byte;
+            }
+        }
+    }
+    if after == before {
+        return None;
+    }
+    if after.windows(2).any(|pair| UNPROMISED.iter().any(|opcode| pair == opcode)) {
+        return Some("the case wrote itself an instruction that is not deterministic");
+    }
+    let repeated = case.code.iter().any(|bytes| {
+        let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+        instruction.is_string_instruction()
+            && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
+    });
+    repeated.then_some("a repeated string operation overwrote the code")
+}
+
+/// Everything in which two outcomes differ; empty when they agree.
+pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Options) -> Vec<Difference> {
+    if left.stop == Stop::Timeout && right.stop == Stop::Timeout {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    if comparable(&left.stop) != comparable(&right.stop) {
+        found.push(Difference::new("stop", format!("{:x?}", left.stop), format!("{:x?}", right.stop)));
+    }
+    let fault = matches!(left.stop, Stop::Fault { .. }) || matches!(right.stop, Stop::Fault { .. });
+    let flags = if fault && !options.exact_flags { 0 } else { USER_FLAGS };
+    found.extend(left.state.differences(&right.state, flags));
+    memory_differences(left, right, &mut found);
+    if !found.is_empty() && [left, right].iter().any(|side| exempt(case, side).is_some()) {
+        found.clear();
+    }
+    found
+}
+
+fn comparable(stop: &Stop) -> Stop {
+    match stop {
+        Stop::Fault { vector: 14, error, address } if *address >= 0x7fff_ffff_f000 => {
+            Stop::Fault { vector: 14, error: error | 1, address: *address }
+        }
+        other => other.clone(),
+    }
+}
+
+fn memory_differences(left: &Outcome, right: &Outcome, found: &mut Vec<Difference>) {
+    if left.memory == right.memory {
+        return;
+    }
+    let image = crate::arena::base_image();
+    let mut offsets: Vec<_> = left.memory.iter().chain(&right.memory).map(|(at, _)| *at).collect();
+    offsets.sort_unstable();
+    offsets.dedup();
+    let line = |outcome: &Outcome, at: usize| -> [u8; LINE] {
+        match outcome.memory.iter().find(|(offset, _)| *offset == at) {
+            Some((_, line)) => *line,
+            None => image[at..at + LINE].try_into().unwrap(),
+        }
+    };
+    for at in offsets {
+        let (a, b) = (line(left, at), line(right, at));
+        for part in (0..LINE).step_by(8) {
+            let (a, b) = (&a[part..part + 8], &b[part..part + 8]);
+            if a != b {
+                let name = format!("[{:x}]", image_address(at + part));
+                found.push(Difference::new(name, register_text(a), register_text(b)));
+            }
+        }
+    }
+}
+
+/// The first judge, the second, and how they are compared.
+pub struct Comparison<'a> {
+    /// The one that is right.
+    pub left: &'a mut dyn Judge,
+    /// The one that is judged.
+    pub right: &'a mut dyn Judge,
+    /// How strict to be.
+    pub options: Options,
+}
+
+impl Comparison<'_> {
+    /// Run a case on both.
+    pub fn run(&mut self, case: &Case) -> (Outcome, Vec<Difference>) {
+        crate::native::note_current(case);
+        let left = self.left.run(case);
+        let right = self.right.run(case);
+        crate::native::note_nothing();
+        let found = differences(case, &left, &right, self.options);
+        (left, found)
+    }
+
+    /// A report for people: the code, then what differs, side by side.
+    pub fn report(&self, case: &Case, found: &[Difference]) -> String {
+        let mut text = String::new();
+        if case.index == u64::MAX {
+            text += "case by hand\n";
+        } else {
+            text += &format!("seed {} case {}\n", case.seed, case.index);
+        }
+        let mut rip = case.state.rip;
+        for (bytes, listing) in case.code.iter().zip(case.listing()) {
+            text += &format!("  {rip:08x}  {listing}\n");
+            rip += bytes.len() as u64;
+        }
+        let wide = |f: fn(&Difference) -> &str, least: usize| {
+            found.iter().map(|d| f(d).len()).max().unwrap_or(0).max(least)
+        };
+        let (a, b) = (wide(|d| &d.name, 4), wide(|d| &d.left, self.left.name().len()));
+        text += &format!("  {:a$}  {:b$}  {}\n", "", self.left.name(), self.right.name());
+        for d in &found[..found.len().min(SHOWN)] {
+            text += &format!("  {:a$}  {:b$}  {}\n", d.name, d.left, d.right);
+        }
+        if found.len() > SHOWN {
+            text += &format!("  and {} more\n", found.len() - SHOWN);
+        }
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arena::{base_image, CODE};
+
+    fn outcome(stop: Stop) -> Outcome {
+        Outcome { state: UserState::default(), stop, memory: Vec::new() }
+    }
+
+    fn names(left: &Outcome, right: &Outcome, options: Options) -> Vec<String> {
+        let case = Case::new(CODE, vec![vec![0x90]]);
+        differences(&case, left, right, options).into_iter().map(|d| d.name).collect()
+    }
+
+    #[test]
+    fn flags_at_faults_are_compared_on_demand() {
+        let left = outcome(Stop::Fault { vector: 13, error: 0, address: 0 });
+        let mut right = left.clone();
+        right.state.rflags |= 1;
+        assert!(names(&left, &right, Options::default()).is_empty());
+        assert_eq!(names(&left, &right, Options { exact_flags: true }), ["rflags"]);
+        let left = outcome(Stop::Breakpoint);
+        right.stop = Stop::Breakpoint;
+        assert_eq!(names(&left, &right, Options::default()), ["rflags"]);
+    }
+
+    #[test]
+    fn memory_is_compared_by_word() {
+        let left = outcome(Stop::Breakpoint);
+        let mut right = left.clone();
+        let at = image_offset(0x2000_0040, 64).unwrap();
+        let mut line: [u8; LINE] = base_image()[at..at + LINE].try_into().unwrap();
+        line[17] ^= 1;
+        right.memory.push((at, line));
+        assert_eq!(names(&left, &right, Options::default()), ["[20000050]"]);
+    }
+
+    #[test]
+    fn linux_hides_whether_high_pages_are_present() {
+        let fault = |error, address| outcome(Stop::Fault { vector: 14, error, address });
+        let high = 0xffff_8000_0000_0000;
+        assert!(names(&fault(5, high), &fault(4, high), Options::default()).is_empty());
+        assert_eq!(names(&fault(5, 8), &fault(4, 8), Options::default()), ["stop"]);
+    }
+
+    #[test]
+    fn code_that_became_rdtsc_is_exempt() {
+        let case = Case::new(CODE, vec![vec![0xf0, 0xce]]);
+        let mut left = outcome(Stop::Breakpoint);
+        assert_eq!(exempt(&case, &left), None);
+        let mut line = [0xcc; LINE];
+        line[..2].copy_from_slice(&[0x0f, 0x31]);
+        left.memory.push((0, line));
+        assert!(exempt(&case, &left).is_some());
+    }
+}
