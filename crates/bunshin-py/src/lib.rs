@@ -1,0 +1,68 @@
+//! `bunshin._native`: the engine boundary for Python. Conversions only; what is
+//! converted, and the contract, stands in `src/bunshin/_native.pyi`.
+//!
+//! | file      | class                                                   |
+//! |-----------|---------------------------------------------------------|
+//! | region.rs | `Region`, with the buffer protocol                      |
+//! | engine.rs | `Engine`                                                |
+//! | vcpu.rs   | `Vcpu`, and exits and replies                           |
+//!
+//! `Vcpu.run` and every call of `Engine` release the GIL: they may wait for a
+//! processor, and one whose exit is being handled in Python needs the GIL.
+#![deny(missing_docs)]
+
+mod engine;
+mod region;
+mod vcpu;
+
+use pyo3::exceptions::PyException;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+pyo3::create_exception!(
+    bunshin._native,
+    EngineError,
+    PyException,
+    "The host or the engine refused; `args == (slug, sentence)`."
+);
+
+/// An exception with the slug and the sentence of an error.
+fn raise(error: bunshin_core::EngineError) -> PyErr {
+    refuse(error.slug, error.message)
+}
+
+fn refuse(slug: &'static str, sentence: impl Into<String>) -> PyErr {
+    EngineError::new_err((slug, sentence.into()))
+}
+
+/// Rate of the host's time-stamp counter in Hz.
+#[pyfunction]
+fn tsc_hz(py: Python<'_>) -> u64 {
+    // The first call may have to measure.
+    py.allow_threads(bunshin_core::clock::tsc_hz)
+}
+
+/// What the translator needs of the host processor, by name.
+#[pyfunction]
+fn host_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let features = PyDict::new(py);
+    for (name, present) in bunshin_translator::host::features() {
+        features.set_item(name, present)?;
+    }
+    Ok(features)
+}
+
+/// The engine boundary as Python sees it.
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add("EngineError", module.py().get_type::<EngineError>())?;
+    module.add_class::<region::Region>()?;
+    module.add_class::<engine::Engine>()?;
+    module.add_class::<vcpu::Vcpu>()?;
+    for (name, kind) in vcpu::KINDS {
+        module.add(name, kind)?;
+    }
+    module.add_function(wrap_pyfunction!(tsc_hz, module)?)?;
+    module.add_function(wrap_pyfunction!(host_features, module)?)
+}

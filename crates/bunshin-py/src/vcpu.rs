@@ -1,0 +1,272 @@
+//! `Vcpu`: one virtual processor; exits become tuples, replies become values.
+//!
+//! Soundness does not depend on Python's manners: the processor sits behind a
+//! lock that is only ever tried, `run` and `complete` stay on the thread of the
+//! first of them, a reply is checked against the exit it answers, and a panic in
+//! the engine ends the processor and not the process. All but `run` keep the GIL
+//! while they hold the lock, so that a short call never makes `run` find it busy.
+use crate::{raise, refuse};
+use bunshin_core::{CpuState, Exit, Kicker, Reply};
+use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict, PyInt, PyTuple};
+use std::any::Any;
+use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::thread::ThreadId;
+
+const PIO_IN: u8 = 0;
+const PIO_OUT: u8 = 1;
+const MMIO_READ: u8 = 2;
+const MMIO_WRITE: u8 = 3;
+const HYPERCALL: u8 = 4;
+const DEBUG: u8 = 5;
+const KICKED: u8 = 6;
+const SHUTDOWN: u8 = 7;
+const FAILED: u8 = 8;
+
+/// The first element of an exit, by name.
+pub const KINDS: [(&str, u8); 9] = [
+    ("PIO_IN", PIO_IN),
+    ("PIO_OUT", PIO_OUT),
+    ("MMIO_READ", MMIO_READ),
+    ("MMIO_WRITE", MMIO_WRITE),
+    ("HYPERCALL", HYPERCALL),
+    ("DEBUG", DEBUG),
+    ("KICKED", KICKED),
+    ("SHUTDOWN", SHUTDOWN),
+    ("FAILED", FAILED),
+];
+
+/// What the last exit wants for an answer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Wants {
+    Nothing,
+    Value,
+    /// So many bytes.
+    Bytes(usize),
+}
+
+impl Wants {
+    fn after(exit: &Exit) -> Self {
+        match exit {
+            Exit::PioIn { size, count, .. } if *count > 1 => {
+                Self::Bytes(usize::from(*size) * *count as usize)
+            }
+            Exit::PioIn { .. } | Exit::MmioRead { .. } | Exit::Hypercall { .. } => Self::Value,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+struct Processor {
+    vcpu: Box<dyn bunshin_core::Vcpu>,
+    wants: Wants,
+    thread: Option<ThreadId>,
+    /// The engine panicked: it can only be told about.
+    broken: Option<String>,
+}
+
+impl Processor {
+    /// The reply as the engine takes it, checked against what it wants.
+    fn reply(&self, reply: Option<&Bound<'_, PyAny>>) -> PyResult<Reply> {
+        match self.wants {
+            // An exit that wants no answer ignores one.
+            Wants::Nothing => Ok(Reply::None),
+            Wants::Value => {
+                let given =
+                    reply.ok_or_else(|| refuse("reply", "the last exit wants an int, found no reply"))?;
+                let number = given.downcast::<PyInt>().map_err(|_| {
+                    PyTypeError::new_err(format!("the last exit wants an int, found {}", given.get_type()))
+                })?;
+                Ok(Reply::Value(number.extract()?))
+            }
+            Wants::Bytes(length) => {
+                let bytes = match reply {
+                    Some(given) => PyBuffer::<u8>::get(given)?.to_vec(given.py())?,
+                    None => Vec::new(),
+                };
+                if bytes.len() != length {
+                    let found = bytes.len();
+                    return Err(refuse(
+                        "reply",
+                        format!("the last exit wants {length} bytes, found {found}"),
+                    ));
+                }
+                Ok(Reply::Bytes(bytes))
+            }
+        }
+    }
+
+    fn on_its_thread(&mut self, index: u32) -> PyResult<()> {
+        let here = std::thread::current().id();
+        if *self.thread.get_or_insert(here) == here {
+            Ok(())
+        } else {
+            Err(refuse(
+                "wrong-thread",
+                format!("vcpu {index} runs on the thread that first ran it, not on this one"),
+            ))
+        }
+    }
+
+    /// Call the engine; a panic breaks the processor.
+    fn call<R>(&mut self, f: impl FnOnce(&mut dyn bunshin_core::Vcpu) -> R) -> Result<R, String> {
+        if let Some(why) = &self.broken {
+            return Err(why.clone());
+        }
+        let vcpu = &mut *self.vcpu;
+        catch_unwind(AssertUnwindSafe(|| f(vcpu))).map_err(|panic| {
+            let why = format!("the engine panicked: {}", sentence(&*panic));
+            self.wants = Wants::Nothing;
+            self.broken = Some(why.clone());
+            why
+        })
+    }
+}
+
+fn sentence(panic: &(dyn Any + Send)) -> &str {
+    if let Some(text) = panic.downcast_ref::<&str>() {
+        text
+    } else if let Some(text) = panic.downcast_ref::<String>() {
+        text
+    } else {
+        "no reason given"
+    }
+}
+
+fn panicked(why: String) -> PyErr {
+    refuse("engine-panic", why)
+}
+
+/// `(kind, address, size, value)`.
+fn tuple<'py, V: IntoPyObject<'py>>(
+    py: Python<'py>,
+    kind: u8,
+    address: u64,
+    size: u8,
+    value: V,
+) -> PyResult<Bound<'py, PyTuple>> {
+    (kind, address, size, value).into_pyobject(py)
+}
+
+fn exit_tuple(py: Python<'_>, exit: Exit) -> PyResult<Bound<'_, PyTuple>> {
+    let nothing: Option<u64> = None;
+    match exit {
+        Exit::PioIn { port, size, count } => tuple(py, PIO_IN, port.into(), size, count),
+        Exit::PioOut { port, size, data } if data.len() <= usize::from(size).min(8) => {
+            let mut value = [0; 8];
+            value[..data.len()].copy_from_slice(&data);
+            tuple(py, PIO_OUT, port.into(), size, u64::from_le_bytes(value))
+        }
+        Exit::PioOut { port, size, data } => tuple(py, PIO_OUT, port.into(), size, PyBytes::new(py, &data)),
+        Exit::MmioRead { gpa, size } => tuple(py, MMIO_READ, gpa, size, nothing),
+        Exit::MmioWrite { gpa, size, value } => tuple(py, MMIO_WRITE, gpa, size, value),
+        Exit::Hypercall { number } => tuple(py, HYPERCALL, number, 0, nothing),
+        Exit::Debug => tuple(py, DEBUG, 0, 0, nothing),
+        Exit::Kicked => tuple(py, KICKED, 0, 0, nothing),
+        Exit::Shutdown { reason } => tuple(py, SHUTDOWN, 0, 0, reason),
+        Exit::Failed { reason } => tuple(py, FAILED, 0, 0, reason),
+    }
+}
+
+/// One virtual processor; `run` and `complete` belong to one thread.
+#[pyclass(frozen, module = "bunshin._native")]
+pub struct Vcpu {
+    index: u32,
+    processor: Mutex<Processor>,
+    kicker: Arc<dyn Kicker>,
+}
+
+impl Vcpu {
+    /// Wrap the processor called `index`.
+    pub fn new(index: u32, vcpu: Box<dyn bunshin_core::Vcpu>) -> Self {
+        let kicker = vcpu.kicker();
+        let processor = Processor { vcpu, wants: Wants::Nothing, thread: None, broken: None };
+        Self { index, processor: Mutex::new(processor), kicker }
+    }
+
+    fn lock(&self) -> PyResult<MutexGuard<'_, Processor>> {
+        match self.processor.try_lock() {
+            Ok(guard) => Ok(guard),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => {
+                Err(refuse("busy", format!("vcpu {} is in use by another thread; kick it first", self.index)))
+            }
+        }
+    }
+
+    fn lock_complete(&self) -> PyResult<MutexGuard<'_, Processor>> {
+        let processor = self.lock()?;
+        if processor.wants == Wants::Nothing {
+            Ok(processor)
+        } else {
+            Err(refuse("incomplete", format!("the last exit of vcpu {} has no answer yet", self.index)))
+        }
+    }
+}
+
+#[pymethods]
+impl Vcpu {
+    /// Answer the last exit and run until the next one; the GIL is released.
+    #[pyo3(signature = (reply = None))]
+    fn run<'py>(&self, py: Python<'py>, reply: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyTuple>> {
+        let mut processor = self.lock()?;
+        processor.on_its_thread(self.index)?;
+        let reply = processor.reply(reply)?;
+        let exit = processor.call(|vcpu| py.allow_threads(|| vcpu.run(reply)));
+        let exit = exit.unwrap_or_else(|reason| Exit::Failed { reason });
+        processor.wants = Wants::after(&exit);
+        drop(processor);
+        exit_tuple(py, exit)
+    }
+
+    /// Answer the last exit without running on.
+    #[pyo3(signature = (reply = None))]
+    fn complete(&self, reply: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        let mut processor = self.lock()?;
+        processor.on_its_thread(self.index)?;
+        let reply = processor.reply(reply)?;
+        processor.wants = Wants::Nothing;
+        processor.call(|vcpu| vcpu.complete(reply)).map_err(panicked)
+    }
+
+    /// The architectural state: the fields of CpuState by name.
+    fn state<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let state = self.lock_complete()?.call(|vcpu| vcpu.state()).map_err(panicked)?;
+        Ok(pythonize::pythonize(py, &state)?)
+    }
+
+    /// Replace the architectural state.
+    fn set_state(&self, state: &Bound<'_, PyDict>) -> PyResult<()> {
+        let state: CpuState = pythonize::depythonize(state).map_err(|error| {
+            refuse("cpu-state", format!("vcpu {}: the state is not a CpuState: {error}", self.index))
+        })?;
+        // A new state forgets the exit that waited for an answer.
+        let mut processor = self.lock()?;
+        processor.call(|vcpu| vcpu.set_state(&state)).map_err(panicked)?.map_err(raise)?;
+        processor.wants = Wants::Nothing;
+        Ok(())
+    }
+
+    /// Make `run` return KICKED soon; any thread.
+    fn kick(&self, py: Python<'_>) {
+        py.allow_threads(|| self.kicker.kick());
+    }
+
+    /// gva to gpa as supervisor data, None where unmapped.
+    fn translate(&self, gva: u64) -> PyResult<Option<u64>> {
+        self.lock()?.call(|vcpu| vcpu.translate(gva)).map_err(panicked)
+    }
+
+    /// Counters by name.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = self.lock()?.call(|vcpu| vcpu.stats()).map_err(panicked)?;
+        let stats = PyDict::new(py);
+        for (name, value) in counters {
+            stats.set_item(name, value)?;
+        }
+        Ok(stats)
+    }
+}

@@ -1,0 +1,128 @@
+"""The engine boundary as Python sees it. Conversions only; see ARCHITECTURE.md."""
+
+from typing import Any, Final, Self, final
+
+from typing_extensions import Buffer
+
+__all__ = [
+    "DEBUG",
+    "FAILED",
+    "HYPERCALL",
+    "KICKED",
+    "MMIO_READ",
+    "MMIO_WRITE",
+    "PIO_IN",
+    "PIO_OUT",
+    "SHUTDOWN",
+    "Engine",
+    "EngineError",
+    "Region",
+    "Vcpu",
+    "__version__",
+    "host_features",
+    "tsc_hz",
+]
+
+class EngineError(Exception):
+    """The host or the engine refused; `args == (slug, sentence)`.
+
+    Slugs of this module, besides the engine's own: `engine-name`, `not-ram`,
+    `memory-size`, `memory-map`, `host-memory`; `busy` (another thread uses the
+    vcpu), `wrong-thread`, `reply` (not what the last exit wants), `incomplete`
+    (the last exit has no answer yet), `cpu-state`, `engine-panic`.
+    """
+
+@final
+class Region(Buffer):
+    """A block of zero-filled host memory that can be mapped as guest RAM.
+
+    Supports the buffer protocol (writable): `memoryview(region)` is a live view.
+    """
+
+    def __new__(cls, length: int) -> Self:
+        """Reserve `length` bytes, a multiple of 4096. Raises EngineError."""
+    def __len__(self) -> int: ...
+
+PIO_IN: Final[int]
+PIO_OUT: Final[int]
+MMIO_READ: Final[int]
+MMIO_WRITE: Final[int]
+HYPERCALL: Final[int]
+DEBUG: Final[int]
+KICKED: Final[int]
+SHUTDOWN: Final[int]
+FAILED: Final[int]
+
+_Exit = tuple[int, int, int, Any]
+"""`(kind, address, size, value)`.
+
+PIO_IN      port, size, count (int)            reply: int, or bytes when count > 1
+PIO_OUT     port, size, int, or bytes when several elements
+MMIO_READ   gpa, size, None                    reply: int
+MMIO_WRITE  gpa, size, int
+HYPERCALL   number, 0, None                    reply: int
+DEBUG       0, 0, None
+KICKED      0, 0, None
+SHUTDOWN    0, 0, sentence (str)
+FAILED      0, 0, sentence (str)
+"""
+
+@final
+class Engine:
+    """Processors, memory map and interrupt controllers of one machine."""
+
+    def __new__(cls, name: str, cpus: int = 1) -> Self:
+        """Create the engine called `name` ("translator"). Raises EngineError."""
+    @property
+    def name(self) -> str: ...
+    @property
+    def tsc_hz(self) -> int: ...
+    def map(self, gpa: int, region: Region, offset: int, length: int, readonly: bool = False) -> None: ...
+    def unmap(self, gpa: int, length: int) -> None: ...
+    def read(self, gpa: int, length: int) -> bytes:
+        """Copy out of guest RAM. Raises EngineError where it is not RAM."""
+    def write(self, gpa: int, data: Buffer) -> None:
+        """Copy into guest RAM (ROM too) and drop translations of changed code."""
+    def set_irq(self, gsi: int, level: bool) -> None: ...
+    def send_msi(self, address: int, data: int) -> None: ...
+    def doorbell(self, address: int, size: int, value: int | None, event: int) -> None: ...
+    def take_dirty(self, gpa: int, length: int) -> bytes: ...
+    def vcpu(self, index: int) -> Vcpu: ...
+
+@final
+class Vcpu:
+    """One virtual processor; `run` and `complete` belong to one thread."""
+
+    def run(self, reply: int | bytes | None = None) -> _Exit:
+        """Answer the last exit and run until the next one; the GIL is released.
+
+        Raises EngineError (`reply`) when the exit wants an answer of another
+        shape and (`busy`, `wrong-thread`) from a second thread; nothing ran then.
+        An answer to an exit that wants none is ignored. A panic in the engine is
+        a FAILED exit, now and ever after.
+        """
+    def complete(self, reply: int | bytes | None = None) -> None:
+        """Answer the last exit without running on."""
+    def state(self) -> dict[str, Any]:
+        """The architectural state: the fields of CpuState by name.
+
+        Raises EngineError (`incomplete`) while the last exit has no answer.
+        """
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Replace the state; an exit that waited for its answer is forgotten.
+
+        Raises EngineError (`cpu-state`) when it does not have those fields.
+        """
+    def kick(self) -> None:
+        """Make `run` return KICKED soon; any thread."""
+    def translate(self, gva: int) -> int | None:
+        """gva to gpa as supervisor data, None where unmapped."""
+    def stats(self) -> dict[str, int]: ...
+
+def tsc_hz() -> int:
+    """Rate of the host's time-stamp counter in Hz."""
+
+def host_features() -> dict[str, bool]:
+    """What the translator needs of the host processor, by name: bmi2, fsgsbase, avx2, ..."""
+
+__version__: Final[str]
