@@ -1,0 +1,65 @@
+"""From files to a machine that is about to run its first instruction."""
+
+from __future__ import annotations
+
+from ..config import MachineConfig
+from ..errors import ConfigError, ImageError
+from . import linux, pvh
+from .entry import CpuState, Load
+from .kernel_image import BzImage, Data, Vmlinux, parse, read_file
+
+
+def load(
+    config: MachineConfig,
+    ranges: list[tuple[int, int]],
+    firmware: tuple[int, bytes],
+    put: Load,
+) -> CpuState:
+    """Load kernel, initrd and firmware tables, and return the first processor's state.
+
+    `ranges` is RAM as (gpa, length), `firmware` is (gpa, tables), `put` copies bytes
+    to a gpa. With `boot="auto"` a kernel with a PVH entry is unpacked on the host and
+    entered there; others are entered by the 64-bit Linux protocol.
+
+    Raises:
+        ImageError: a file that cannot be read or is not what it should be.
+        ConfigError: something does not fit into memory, or the kernel has no entry
+            of the kind that was asked for.
+    """
+    kernel = parse(read_file(config.kernel, "kernel"), config.kernel)
+    initrd = None if config.initrd is None else _read_initrd(config.initrd, ranges[0][1])
+    gpa, tables = firmware
+    put(gpa, tables)
+    where = (gpa, len(tables) + 0xFFF & ~0xFFF)
+    if config.boot != "linux64":
+        pvh_kernel = _pvh(kernel, required=config.boot == "pvh")
+        if pvh_kernel is not None:
+            return pvh.load(pvh_kernel, initrd, config.append, ranges, where, put)
+    return linux.load(kernel, initrd, config.append, ranges, where, put)
+
+
+def _read_initrd(path: str, low_end: int) -> Data:
+    try:
+        return read_file(path, "initrd", low_end)
+    except ImageError as error:
+        if error.slug != "initrd-too-large":
+            raise
+        raise ConfigError(
+            error.slug, f"initrd {path}: is larger than the machine's memory ({low_end >> 20} MiB)"
+        ) from None
+
+
+def _pvh(kernel: BzImage | Vmlinux, required: bool) -> Vmlinux | None:
+    """The kernel to enter by PVH; None when it has no such entry and need not have."""
+    if isinstance(kernel, Vmlinux):
+        vmlinux = kernel
+    elif kernel.packing == "lzo" and kernel.entry_64 and not required:
+        # The one compression of Linux that we cannot unpack; the guest can.
+        return None
+    else:
+        vmlinux = kernel.vmlinux()
+    if vmlinux.pvh_entry is None:
+        if required:
+            raise ImageError("kernel-no-pvh", f"kernel {kernel.path}: has no PVH entry note")
+        return None
+    return vmlinux
