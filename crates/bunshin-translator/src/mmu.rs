@@ -60,15 +60,25 @@ impl Exception {
         Self { vector: GP, error: Some(0), address: Some(va) }
     }
 
-    /// #SS instead of #GP where `i` reached for the stack.
+    /// #SS instead of #GP where the memory operand of `i` lies on the stack. In
+    /// 64-bit code its base tells, since prefixes other than FS and GS mean nothing.
     pub fn settle(mut self, i: &Instruction) -> Self {
         if self.vector == GP && self.address.take().is_some() {
             let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-            if i.is_stack_instruction() || explicit && i.memory_segment() == Register::SS {
+            let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+            if explicit && stack && !matches!(i.segment_prefix(), Register::FS | Register::GS) {
                 self.vector = SS;
             }
         }
         self
+    }
+
+    /// #SS instead of #GP: the access was the stack's own.
+    pub fn on_stack(self) -> Self {
+        match self {
+            Self { vector: GP, address: Some(_), .. } => Self::with(SS, 0),
+            e => e,
+        }
     }
 }
 
@@ -81,6 +91,16 @@ pub enum Trap {
     Device,
     /// The owner must answer first; the instruction runs again afterwards.
     Exit(Exit),
+}
+
+impl Trap {
+    /// `Exception::on_stack` of the fault, if it is one.
+    pub fn on_stack(self) -> Self {
+        match self {
+            Trap::Fault(e) => Trap::Fault(e.on_stack()),
+            t => t,
+        }
+    }
 }
 
 impl From<Exception> for Trap {

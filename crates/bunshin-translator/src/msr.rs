@@ -69,7 +69,9 @@ impl Vcpu {
             0x3b => m.tsc_adjust,
             0x3a => m.feature_control,
             0x48 => m.spec_ctrl,
-            0x8b | 0x17 | 0xc001_0015 | 0xc001_001f | 0xc001_1029 => 0,
+            0x8b | 0x17 | 0xc001_0010 | 0xc001_001f | 0xc001_1029 => 0,
+            // HWCR: the counter runs at the rate of P0.
+            0xc001_0015 => 1 << 24,
             0xfe => 8 | 1 << 8 | 1 << 10,
             0x174..=0x176 => c.sysenter[(n - 0x174) as usize],
             0x179 => 0,

@@ -347,39 +347,27 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         }
         return Ok(Flow::Next);
     }
-    v.check_end(va, 1)?;
-    v.check_end(va, size)?;
+    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
+    let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
+    if mask != 0 {
+        v.check_end(va, 1)?;
+    }
     if misaligned(i, va, size) {
         return Err(gp());
     }
-    let mask = element_mask(v, i);
-    let off = (va & 63) as usize;
     if writes(access) {
-        match mask {
-            None => {
-                v.access(va, 1, Kind::Write, who)?;
-                v.access(va.wrapping_add(size as u64 - 1), 1, Kind::Write, who)?;
-            }
-            Some((m, n)) => {
-                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
-                    v.access(va.wrapping_add((k * n) as u64), 1, Kind::Write, who)?;
-                    v.access(va.wrapping_add((k * n + n - 1) as u64), 1, Kind::Write, who)?;
-                }
-            }
+        for at in parts.clone() {
+            v.check(va.wrapping_add(at as u64), n, Kind::Write, who)?;
         }
     }
     let mut buffer = [0u8; 512];
     let buffer = &mut buffer[..size];
-    if reads(access) || matches!(access, OpAccess::CondWrite) || mask.is_some() {
-        match mask {
-            None => v.read_as(va, buffer, who)?,
-            Some((m, n)) => {
-                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
-                    v.read_as(va.wrapping_add((k * n) as u64), &mut buffer[k * n..k * n + n], who)?;
-                }
-            }
+    if reads(access) {
+        for at in parts.clone() {
+            v.read_as(va.wrapping_add(at as u64), &mut buffer[at..at + n], who)?;
         }
     }
+    let off = (va & 63) as usize;
     v.cpu_mut().bounce.0[off..off + size].copy_from_slice(buffer);
     let operand = v.cpu().bounce.0.as_ptr() as u64 + off as u64;
     v.run_snippet(bytes, i, operand)?;
@@ -392,13 +380,8 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             M::Fnstenv | M::Fnsave => buffer[6..14].fill(0),
             _ => {}
         }
-        match mask {
-            None => v.write_as(va, buffer, who)?,
-            Some((m, n)) => {
-                for k in (0..size / n).filter(|k| m >> k & 1 != 0) {
-                    v.write_as(va.wrapping_add((k * n) as u64), &buffer[k * n..k * n + n], who)?;
-                }
-            }
+        for at in parts {
+            v.write_as(va.wrapping_add(at as u64), &buffer[at..at + n], who)?;
         }
     }
     Ok(Flow::Next)
@@ -413,11 +396,7 @@ fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => return va & 15 != 0,
         M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovdqa32 | M::Vmovdqa64 | M::Vmovntdq | M::Vmovntps | M::Vmovntpd
         | M::Vmovntdqa | M::Cmpxchg16b => true,
-        _ => {
-            size == 16
-                && i.code().encoding() == EncodingKind::Legacy
-                && (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_xmm())
-        }
+        _ => size == 16 && i.code().encoding() == EncodingKind::Legacy,
     };
     strict && va & (size as u64 - 1) != 0
 }
@@ -444,24 +423,24 @@ fn bit16(v: &mut Vcpu, i: &Instruction, va: u64) -> Done {
 /// Enabled elements and their size, for instructions whose faults are
 /// suppressed by a mask.
 fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
-    let n = i.memory_size().element_size().max(1);
-    let count = i.memory_size().size() / n;
-    let k = i.op_mask();
-    if k != Register::None {
-        let m = v.opmask(k);
+    if i.op_mask() != Register::None {
+        let op = i.code().op_code();
+        // An element may be a pair or four of what the operand holds.
+        let n = if op.can_broadcast() { op.broadcast_memory_size().size() } else { op.memory_size().element_size() };
+        let count = op.memory_size().size() / n;
+        let low = |bits: usize| u64::MAX >> (64 - bits);
+        let m = v.opmask(i.op_mask());
+        let live = m & low(count);
         if i.is_broadcast() {
-            return Some((u64::from(m & ((1u128 << i.memory_size().size().max(1)) as u64).wrapping_sub(1) != 0), n));
+            return Some((u64::from(live != 0), n));
         }
-        if matches!(
-            i.mnemonic(),
+        return Some(match i.mnemonic() {
             M::Vpcompressb | M::Vpcompressw | M::Vpcompressd | M::Vpcompressq | M::Vcompressps | M::Vcompresspd
-                | M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq | M::Vexpandps | M::Vexpandpd
-        ) {
-            let live = if count >= 64 { m } else { m & ((1 << count) - 1) };
-            let packed = live.count_ones();
-            return Some((if packed >= 64 { u64::MAX } else { (1 << packed) - 1 }, n));
-        }
-        return Some((m, n));
+            | M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq | M::Vexpandps | M::Vexpandpd => {
+                (low(64) >> (64 - live.count_ones()).min(63) & if live == 0 { 0 } else { u64::MAX }, n)
+            }
+            _ => (live, n),
+        });
     }
     if matches!(i.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq) {
         let r = i.op1_register();

@@ -449,7 +449,8 @@ impl Lapic {
             0x0B0 | 0x280 => 0,
             0x0F0 => u64::from(SVR_VALID),
             0x300 => 0xFFFF_FFFF_000C_DFFF,
-            0x320..=0x370 => u64::from(LVT_VALID[(offset >> 4 & 7) as usize - 2]),
+            // Delivery status and remote IRR are read-only, not reserved: writes pass.
+            0x320..=0x370 => u64::from(LVT_VALID[(offset >> 4 & 7) as usize - 2]) | 0x5000,
             0x380 => 0xFFFF_FFFF,
             0x3E0 => 0xB,
             0x3F0 => 0xFF,

@@ -340,7 +340,9 @@ impl Vcpu {
 
     /// Read guest memory as `who`.
     pub fn read_as(&mut self, va: u64, into: &mut [u8], who: Who) -> Result<(), Trap> {
-        self.check_end(va, into.len())?;
+        if (va & 0xfff) as usize + into.len() > 4096 {
+            self.check_end(va, into.len())?;
+        }
         let mut done = 0;
         while done < into.len() {
             let at = va.wrapping_add(done as u64);
@@ -356,16 +358,22 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Check an access as the processor does before it starts.
+    pub fn check(&mut self, va: u64, length: usize, kind: Kind, who: Who) -> Result<(), Trap> {
+        self.check_end(va, length)?;
+        let mut done = 0;
+        while done < length as u64 {
+            let at = va.wrapping_add(done);
+            self.access(at, 1, kind, who)?;
+            done += 4096 - (at & 0xfff);
+        }
+        Ok(())
+    }
+
     /// Write guest memory as `who`. All pages are checked before any is changed.
     pub fn write_as(&mut self, va: u64, from: &[u8], who: Who) -> Result<(), Trap> {
-        self.check_end(va, from.len())?;
-        let first = ((4096 - (va & 0xfff)) as usize).min(from.len());
-        if first < from.len() {
-            let mut at = first;
-            while at < from.len() {
-                self.access(va.wrapping_add(at as u64), 1, Kind::Write, who)?;
-                at += 4096;
-            }
+        if (va & 0xfff) as usize + from.len() > 4096 {
+            self.check(va, from.len(), Kind::Write, who)?;
         }
         let mut done = 0;
         while done < from.len() {

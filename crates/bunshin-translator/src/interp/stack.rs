@@ -33,7 +33,7 @@ impl Vcpu {
         let sp = self.cpu().gpr[4].wrapping_sub(size as u64);
         let va = self.stack_at(sp);
         let who = self.data_access();
-        self.store(va, size, value, who)?;
+        self.store(va, size, value, who).map_err(Trap::on_stack)?;
         self.set_sp(sp);
         Ok(())
     }
@@ -42,7 +42,7 @@ impl Vcpu {
     pub fn peek(&mut self, offset: u64, size: usize) -> Result<u64, Trap> {
         let va = self.stack_at(self.cpu().gpr[4].wrapping_add(offset));
         let who = self.data_access();
-        self.load(va, size, who)
+        self.load(va, size, who).map_err(Trap::on_stack)
     }
 
     /// Move the stack pointer up.
@@ -92,7 +92,7 @@ pub fn leave(v: &mut Vcpu, i: &Instruction) -> Done {
     let bp = v.cpu().gpr[5];
     let va = v.linear(2, bp & v.stack_mask());
     let who = v.data_access();
-    let value = v.load(va, n, who)?;
+    let value = v.load(va, n, who).map_err(Trap::on_stack)?;
     v.set_stack(bp.wrapping_add(n as u64));
     let g = &mut v.cpu_mut().gpr[5];
     *g = if n == 2 { (*g & !0xffff) | value } else { value };
@@ -133,7 +133,7 @@ pub fn enter(v: &mut Vcpu, i: &Instruction) -> Done {
             bp = bp.wrapping_sub(n as u64);
             let va = v.linear(2, bp & v.stack_mask());
             let who = v.data_access();
-            let x = v.load(va, n, who)?;
+            let x = v.load(va, n, who).map_err(Trap::on_stack)?;
             v.push(n, x)?;
         }
         if level > 0 {
@@ -143,7 +143,7 @@ pub fn enter(v: &mut Vcpu, i: &Instruction) -> Done {
         // The processor checks that the new top can be written.
         let va = v.linear(2, v.cpu().gpr[4] & v.stack_mask());
         let who = v.data_access();
-        v.access(va, 1, crate::mmu::Kind::Write, who)?;
+        v.access(va, 1, crate::mmu::Kind::Write, who).map_err(Exception::on_stack)?;
         let g = &mut v.cpu_mut().gpr[5];
         *g = if n == 2 { (*g & !0xffff) | (frame & 0xffff) } else { frame };
         Ok(Flow::Next)
