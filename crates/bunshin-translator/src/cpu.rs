@@ -115,6 +115,8 @@ pub struct Cpu {
     pub miss_info: u64,
     pub tmp: u64,
     pub mask63: u64,
+    /// Bits of an address above the offset in its page.
+    pub pages: u64,
     pub mask31: u64,
     pub fault_vector: u32,
     pub fault_flags: u32,
@@ -183,7 +185,7 @@ pub mod at {
         MISS_INFO = miss_info; TMP = tmp; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         BOUNCE = bounce; TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
-        MASK63 = mask63; MASK31 = mask31; SHADOW = shadow;
+        MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;
     }
     pub fn gpr(n: u8) -> u32 {
         GPR + 8 * u32::from(n)

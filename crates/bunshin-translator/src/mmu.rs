@@ -246,8 +246,8 @@ fn zero(words: &mut [u64]) {
 pub const USER_REGIONS: usize = 8;
 
 fn empty_tag(index: u16) -> u64 {
-    // Zero would match page 0 itself.
-    if index == 0 {
+    // Zero would match page 0 itself, and for operands that wrap around, the last.
+    if index == 0 || index == u16::MAX {
         1 << 27
     } else {
         0
@@ -448,7 +448,9 @@ impl Regions {
             for r in &s.all {
                 for b in [r.base, r.base + REGION as u64] {
                     for t in [TAG_R, TAG_W] {
-                        *((b + u64::from(t)) as *mut u64) = empty_tag(0);
+                        for i in [0, u16::MAX] {
+                            *((b + u64::from(t) + 8 * u64::from(i)) as *mut u64) = empty_tag(i);
+                        }
                     }
                 }
             }

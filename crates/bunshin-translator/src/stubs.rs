@@ -16,6 +16,8 @@ pub struct Stubs {
     pub enter: u64,
     /// A memory access missed the table: r8 address, r9d info; called from cold code.
     pub miss: u64,
+    /// The same where the flags live in the host's register.
+    pub miss_flags: u64,
     /// Indirect jump found no entry: r8 target.
     pub lookup: u64,
     /// Direct jump not linked yet: r8 target, r10d site.
@@ -141,8 +143,13 @@ impl Stubs {
             a.jmp_gs(at::RESUME);
         });
 
-        let miss = |a: &mut Asm| {
-            save(a, &VOLATILE);
+        let miss = |a: &mut Asm, flags: bool| {
+            if flags {
+                flags_to_lazy(a);
+                save(a, &VOLATILE[1..]);
+            } else {
+                save(a, &VOLATILE);
+            }
             a.store(at::MISS_ADDR, S0);
             a.store(at::MISS_INFO, S1);
             xmm(a, true);
@@ -157,8 +164,10 @@ impl Stubs {
             let slow = a.jcc_short(4);
             a.cmp32_imm8(at::PENDING, 0);
             let event = a.jcc_short(5);
-            a.load(S0, at::MISS_ADDR);
             restore(a, &VOLATILE);
+            if flags {
+                lazy_to_flags(a);
+            }
             a.ret();
             a.land(slow);
             a.land(event);
@@ -167,7 +176,8 @@ impl Stubs {
             save(a, &KEPT);
             exit_with(a, exit::SLOW);
         };
-        s.miss = put(&mut |a| miss(a));
+        s.miss = put(&mut |a| miss(a, false));
+        s.miss_flags = put(&mut |a| miss(a, true));
 
         // Common end of lookup and link: rax is code or 0.
         let go = |a: &mut Asm| {

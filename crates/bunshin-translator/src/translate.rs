@@ -3,23 +3,37 @@
 //! A load `mov rax, [rbx+8]` where the flags are dead becomes
 //!
 //! ```text
-//! hot   lea  r8, [rbx+8]            address
-//!  1:   rorx r9, r8, 12             its page number
-//!       movzx r9d, r9w              index into the tables
-//!       mov  r10, gs:[TAG_R+r9*8]   minus the address of the page held there
-//!       add  r10, r8                offset in the page, on a hit
-//!       cmp  r10, 4096-8            a miss and a page crossing are both above
-//!       ja   2
-//!       mov  r9, gs:[HOST+r9*8]
-//!       mov  rax, [r10+r9]          the guest's instruction
-//! cold 2: mov r9d, info             size, direction
-//!       call miss                   fills the table, or leaves for slow.rs
-//!       jmp  1
+//! hot  1: lea  r8, [rbx+8]            address
+//!         rorx r9, r8, 12             its page number
+//!         movzx r9d, r9w              index into the tables
+//!         add  r8, gs:[TAG_R+r9*8]    minus the page held there: the offset, on a hit
+//!         cmp  r8, 4096-8             a miss and a page crossing are both above
+//!         ja   2
+//!         mov  r9, gs:[HOST+r9*8]
+//!         mov  rax, [r8+r9]           the guest's instruction
+//! cold 2: lea  r8, [rbx+8]
+//!         mov  r9d, info              size, direction
+//!         call miss                   fills the table, or leaves for slow.rs
+//!         jmp  1
 //! ```
 //!
-//! Where the flags live, `lahf; seto al` saves them to `cpu.lazy` before the
-//! first probe and `add al, 0x7f; sahf` brings them back before they are
-//! needed; in between they stay in memory.
+//! Where the flags live, the probe leaves them alone:
+//!
+//! ```text
+//!         mov  r10, gs:[TAG_R+r9*8]
+//!         lea  r8, [r8+r10]
+//!         mov  r9, gs:[HOST+r9*8]
+//!         mov  r10, rcx
+//!         lea  rcx, [r8+7]
+//!         pext rcx, rcx, gs:[PAGES]   zero if it stays inside the page
+//!         jrcxz 3
+//!         jmp  2                      (cold: mov rcx, r10 first)
+//!      3: mov  rcx, r10
+//! ```
+//!
+//! Where many accesses follow, `lahf; seto al` saves the flags to `cpu.lazy`
+//! once, the first form serves all of them, and `add al, 0x7f; sahf` brings the
+//! flags back before they are needed.
 use crate::asm::*;
 use crate::block::{Block, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
@@ -47,6 +61,22 @@ enum Flags {
     Dead,
 }
 
+/// Where a memory operand is.
+#[derive(Clone, Copy)]
+enum Place<'i> {
+    /// The explicit operand.
+    Operand(&'i Instruction),
+    /// The explicit operand of BT and its kin, moved by the bit offset.
+    Bits(&'i Instruction),
+    /// This many bytes below the top of the stack.
+    Stack(i32),
+    /// At rbp.
+    Frame,
+}
+
+/// Accesses ahead, up to the next use of the flags, that make saving them worth it.
+const MANY_ACCESSES: usize = 4;
+
 struct Item {
     insn: Instruction,
     /// Offset of its bytes in the fetched window.
@@ -70,10 +100,29 @@ struct Unit<'a> {
     live_out: u32,
     info: InstructionInfoFactory,
     probed: bool,
+    /// Memory accesses up to where the flags are needed or overwritten.
+    ahead: usize,
     /// Writing a snippet: the operand lies at `cpu.tmp`, nothing is probed.
     bounce: bool,
     /// Index of the instruction being written, for `points`.
     guest: u16,
+}
+
+/// Memory accesses from the first instruction on before the flags are read or
+/// overwritten.
+fn accesses_ahead(items: &[Item]) -> usize {
+    let mut n = 0;
+    for (k, i) in items.iter().enumerate() {
+        if k > 0 && i.effect.reads != 0 {
+            break;
+        }
+        let memory = (0..i.insn.op_count()).any(|n| i.insn.op_kind(n) == OpKind::Memory);
+        n += usize::from(memory && i.insn.mnemonic() != M::Lea) + usize::from(i.insn.is_stack_instruction());
+        if i.effect.writes != 0 {
+            break;
+        }
+    }
+    n
 }
 
 fn near(i: &Instruction) -> bool {
@@ -151,6 +200,7 @@ impl Vcpu {
             live_out: ALL,
             info: InstructionInfoFactory::new(),
             probed: false,
+            ahead: 0,
             bounce: false,
             guest: 0,
         };
@@ -166,6 +216,7 @@ impl Vcpu {
         let mut ended = false;
         let mut shadow = false;
         for (n, item) in items.iter().enumerate() {
+            u.ahead = accesses_ahead(&items[n..]);
             ended = u.instruction(item, n + 1 == items.len());
             if ended {
                 break;
@@ -275,6 +326,7 @@ impl Vcpu {
             live_out: ALL,
             info: InstructionInfoFactory::new(),
             probed: false,
+            ahead: 0,
             bounce: true,
             guest: 0,
         };
@@ -363,19 +415,13 @@ impl Unit<'_> {
 
     // --- flags ---------------------------------------------------------------
 
-    /// Before a probe: keep the flags if somebody wants them.
-    fn before_probe(&mut self, live: u32) {
-        if self.flags == Flags::Host {
-            if live != 0 {
-                self.a.mov(S2, RAX);
-                self.a.lahf_seto();
-                self.a.store32(at::LAZY, RAX);
-                self.a.mov(RAX, S2);
-                self.flags = Flags::Lazy;
-            } else {
-                self.flags = Flags::Dead;
-            }
-        }
+    /// Keep the flags in memory from here on.
+    fn flags_to_lazy(&mut self) {
+        self.a.mov(S2, RAX);
+        self.a.lahf_seto();
+        self.a.store32(at::LAZY, RAX);
+        self.a.mov(RAX, S2);
+        self.flags = Flags::Lazy;
     }
 
     fn flags_to_host(&mut self, scratch: u8, live: u32) {
@@ -442,43 +488,82 @@ impl Unit<'_> {
         constant
     }
 
-    /// Turn the linear address in r8 into host address `[r10 + r9]`; r8 is free
-    /// afterwards. Flags must have been kept by `before_probe`.
-    fn probe(&mut self, size: u32, write: bool, constant: Option<u64>) {
-        self.probed = true;
-        let retry = self.a.here();
-        let tag = if write { TAG_W } else { TAG_R };
-        match constant {
-            Some(c) => {
-                let slot = 8 * ((c >> 12) as u32 & 0xffff);
-                self.a.load(S2, tag + slot);
-                self.a.add(S2, S0);
-            }
-            None => {
-                self.a.rorx(S1, S0, 12);
-                self.a.movzx16(S1, S1);
-                self.a.load_indexed(S2, S1, tag);
-                self.a.add(S2, S0);
-            }
+    /// The address of an operand into r8; uses r9 (and r10 for bit strings).
+    fn locate(&mut self, place: Place) -> Option<u64> {
+        match place {
+            Place::Operand(i) => return self.address(i),
+            Place::Bits(i) => self.bit_address(i),
+            Place::Stack(below) => self.stack_slot(GSP, -below),
+            Place::Frame => self.stack_slot(5, 0),
         }
-        self.a.cmp_imm(S2, 4096 - size as i32);
+        None
+    }
+
+    /// Make `[r8 + r9]` the host address of an operand of `size` bytes. `live`
+    /// are the flags that must survive. r10 is free afterwards.
+    fn probe(&mut self, place: Place, size: u32, write: bool, live: u32) {
+        if self.flags == Flags::Host && live != 0 && self.ahead >= MANY_ACCESSES {
+            self.flags_to_lazy();
+        }
+        let keep = self.flags == Flags::Host && live != 0;
+        if self.flags == Flags::Host && live == 0 {
+            self.flags = Flags::Dead;
+        }
+        self.ahead = self.ahead.saturating_sub(1);
+        self.probed = true;
+        let tag = if write { TAG_W } else { TAG_R };
+        let retry = self.a.here();
+        let slot = self.locate(place).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
+        if slot.is_none() {
+            self.a.rorx(S1, S0, 12);
+            self.a.movzx16(S1, S1);
+        }
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
-        self.a.jcc(7, cold);
-        match constant {
-            Some(c) => self.a.load(S1, HOST + 8 * ((c >> 12) as u32 & 0xffff)),
-            None => self.a.load_indexed(S1, S1, HOST),
+        if keep {
+            match slot {
+                Some(n) => self.a.load(S2, tag + n),
+                None => self.a.load_indexed(S2, S1, tag),
+            }
+            self.a.lea(true, S0, Some(S0), Some((S2, 1)), 0);
+            self.host_page(slot);
+            self.a.mov(S2, RCX);
+            self.a.lea(true, RCX, Some(S0), None, size as i32 - 1);
+            self.a.pext_gs(RCX, RCX, at::PAGES);
+            let hit = self.a.jrcxz();
+            self.a.jmp(cold);
+            self.a.land(hit);
+            self.a.mov(RCX, S2);
+        } else {
+            match slot {
+                Some(n) => self.a.add_gs(S0, tag + n),
+                None => self.a.add_indexed(S0, S1, tag),
+            }
+            self.a.cmp_imm(S0, 4096 - size as i32);
+            self.a.jcc(7, cold);
+            self.host_page(slot);
         }
         self.a.section(Section::Cold);
         self.point(false);
+        if keep {
+            self.a.mov(RCX, S2);
+        }
+        self.locate(place);
         self.a.mov_imm(S1, u64::from(size | if write { INFO_WRITE } else { 0 }));
-        self.a.call_abs(self.v.stubs.miss);
+        self.a.call_abs(if keep { self.v.stubs.miss_flags } else { self.v.stubs.miss });
         self.a.jmp(retry);
         self.a.section(Section::Hot);
     }
 
-    /// Address of the stack slot `below` bytes under the top, into r8.
-    fn stack_address(&mut self, below: i32) {
-        self.a.lea(self.wide(), S0, Some(GSP), None, -below);
+    fn host_page(&mut self, slot: Option<u32>) {
+        match slot {
+            Some(n) => self.a.load(S1, HOST + n),
+            None => self.a.load_indexed(S1, S1, HOST),
+        }
+    }
+
+    /// Address `[reg + disp]` in the stack segment, into r8.
+    fn stack_slot(&mut self, reg: u8, disp: i32) {
+        self.a.lea(self.wide(), S0, Some(reg), None, disp);
         if self.mode & mode::BASED != 0 && self.bits != 64 {
             self.a.load(S1, at::seg_base(2));
             self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
@@ -489,32 +574,26 @@ impl Unit<'_> {
         self.a.lea(self.wide(), GSP, Some(GSP), None, by);
     }
 
-    /// Push the value that `put` stores to `[r10 + r9]`; it may use r8.
+    /// Push the value that `put` stores to `[r8 + r9]`; it may use r10.
     fn push_with(&mut self, size: u8, live: u32, put: impl FnOnce(&mut Self)) {
-        self.before_probe(live);
-        self.stack_address(i32::from(size));
-        self.probe(u32::from(size), true, None);
+        self.probe(Place::Stack(size.into()), size.into(), true, live);
         put(self);
         self.move_stack(-i32::from(size));
     }
 
-    /// Pop into r8.
+    /// Pop into r8, without moving the stack pointer.
     fn pop_to_s0(&mut self, size: u8, live: u32) {
-        self.before_probe(live);
-        self.stack_address(0);
-        self.probe(u32::from(size), false, None);
-        self.a.load_mem(size, S0, S2, S1);
+        self.probe(Place::Stack(0), size.into(), false, live);
+        self.a.load_mem(size, S0, S0, S1);
     }
 
     fn push_const(&mut self, size: u8, v: u64, live: u32) {
         self.push_with(size, live, |u| {
-            if size < 8 {
-                u.a.store_mem_imm(size, S2, S1, v as i32);
-            } else if i32::try_from(v as i64).is_ok() {
-                u.a.store_mem_imm(size, S2, S1, v as i32);
+            if size < 8 || i32::try_from(v as i64).is_ok() {
+                u.a.store_mem_imm(size, S0, S1, v as i32);
             } else {
-                u.a.mov_imm(S0, v);
-                u.a.store_mem(size, S2, S1, S0);
+                u.a.mov_imm(S2, v);
+                u.a.store_mem(size, S0, S1, S2);
             }
         });
     }
@@ -634,9 +713,7 @@ impl Unit<'_> {
             | M::Prefetchwt1 | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Prefetchit0 | M::Prefetchit1 | M::Reservednop => {}
             M::Clflush | M::Clflushopt | M::Clwb => {
                 // Nothing to flush, but it faults as a load does.
-                self.before_probe(live_before);
-                let c = self.address(i);
-                self.probe(1, false, c);
+                self.probe(Place::Operand(i), 1, false, live_before);
             }
             M::Lea => self.lea(i),
             M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),
@@ -645,21 +722,15 @@ impl Unit<'_> {
                 self.load_operand(i, live_before, size);
                 self.a.store(at::TMP, S0);
                 self.push_with(size, live_before, |u| {
-                    u.a.load(S0, at::TMP);
-                    u.a.store_mem(size, S2, S1, S0);
+                    u.a.load(S2, at::TMP);
+                    u.a.store_mem(size, S0, S1, S2);
                 });
             }
             M::Pop if i.op0_kind() == OpKind::Register => self.pop(i, live_before),
             M::Leave => {
                 let size = (self.bits / 8) as u8;
-                self.before_probe(live_before);
-                self.a.lea(self.wide(), S0, Some(5), None, 0);
-                if self.mode & mode::BASED != 0 && self.bits != 64 {
-                    self.a.load(S1, at::seg_base(2));
-                    self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
-                }
-                self.probe(u32::from(size), false, None);
-                self.a.load_mem(size, S0, S2, S1);
+                self.probe(Place::Frame, u32::from(size), false, live_before);
+                self.a.load_mem(size, S0, S0, S1);
                 self.a.lea(self.wide(), GSP, Some(5), None, i32::from(size));
                 self.a.mov(5, S0);
             }
@@ -726,8 +797,8 @@ impl Unit<'_> {
             OpKind::Register => {
                 let (n, _) = gpr_number(i.op0_register()).unwrap();
                 self.push_with(size, live, |u| {
-                    let r = u.use_gpr(n, S0);
-                    u.a.store_mem(size, S2, S1, r);
+                    let r = u.use_gpr(n, S2);
+                    u.a.store_mem(size, S0, S1, r);
                 });
             }
             _ => {
@@ -807,10 +878,8 @@ impl Unit<'_> {
 
     /// Load the memory operand, `size` bytes, into r8.
     fn load_operand(&mut self, i: &Instruction, live: u32, size: u8) {
-        self.before_probe(live);
-        let c = self.address(i);
-        self.probe(u32::from(size), false, c);
-        self.a.load_mem(size, S0, S2, S1);
+        self.probe(Place::Operand(i), u32::from(size), false, live);
+        self.a.load_mem(size, S0, S0, S1);
     }
 
     fn branch(&mut self, i: &Instruction, live: u32) {
@@ -964,46 +1033,46 @@ impl Unit<'_> {
         let mut to = Renamed::default();
         let high = (0..i.op_count())
             .find(|&n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)).is_some_and(|g| g.1));
-        let mut swap = None;
+        let (mut swap, mut copy) = (None, false);
         if has_mem && self.bounce {
-            self.a.load(S2, at::TMP);
+            self.a.load(S0, at::TMP);
             self.a.mov_imm(S1, 0);
-            to.mem = Some((S2, Some(S1)));
+            to.mem = Some((S0, Some(S1)));
         } else if has_mem {
             let size = i.memory_size().size() as u32;
             let access = self.memory_access(i);
             if size == 0 || size > 64 || access == OpAccess::None || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
                 return self.helper(i);
             }
-            self.before_probe(live_before);
-            let constant = if bit_string {
-                if self.bit_address(i).is_none() {
+            let place = if bit_string {
+                if i.op1_register().size() == 2 {
                     return self.helper(i);
                 }
-                None
+                Place::Bits(i)
             } else {
-                self.address(i)
+                Place::Operand(i)
             };
-            self.probe(size, writes(access), constant);
-            to.mem = Some((S2, Some(S1)));
+            self.probe(place, size, writes(access), live_before);
+            to.mem = Some((S0, Some(S1)));
         }
         if let Some(n) = high {
             let extended = (0..i.op_count())
                 .any(|n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)) == Some((4, false)));
             if has_mem || extended {
-                // A high byte cannot be named beside r8-r15: swap it with the
-                // low byte around the instruction.
-                swap = gpr_number(i.op_register(n)).map(|g| g.0);
+                // A high byte cannot be named beside r8-r15: read a copy, or
+                // swap it with the low byte around the instruction.
+                copy = !writes(self.info.info(i).op_access(n));
+                swap = gpr_number(i.op_register(n)).map(|g| g.0).filter(|_| !copy);
             }
         }
         let needs_flags = item.effect.reads
             | if item.effect.writes != 0 { item.live_after & !item.effect.kills } else { 0 };
         if needs_flags != 0 {
-            self.flags_to_host(S0, needs_flags);
+            self.flags_to_host(S2, needs_flags);
         }
         // Registers kept in memory, through scratch ones.
         let fields = [s.reg, s.rm, s.vvvv, s.opcode];
-        let mut free: &[u8] = if has_mem { &[S0] } else { &[S0, S1, S2] };
+        let mut free: &[u8] = if has_mem { &[S2] } else { &[S0, S1, S2] };
         let mut taken: [(u8, u8, bool); 4] = [(255, 0, false); 4];
         let mut count = 0;
         let mut spilled = fields
@@ -1015,9 +1084,9 @@ impl Unit<'_> {
         let (first, second) = (spilled.next(), spilled.next());
         if has_mem && first.is_some() && second.is_some() && first != second {
             // Two of them beside a memory operand: fold the address into one register.
-            self.a.lea(true, S2, Some(S2), Some((S1, 1)), 0);
-            to.mem = Some((S2, None));
-            free = &[S0, S1];
+            self.a.lea(true, S0, Some(S0), Some((S1, 1)), 0);
+            to.mem = Some((S0, None));
+            free = &[S1, S2];
         }
         for (slot, &f) in fields.iter().enumerate() {
             if f == 0 || i.op_kind(u32::from(f) - 1) != OpKind::Register {
@@ -1026,7 +1095,12 @@ impl Unit<'_> {
             let reg = i.op_register(u32::from(f) - 1);
             let Some((n, high_byte)) = gpr_number(reg) else { continue };
             let host = if high_byte {
-                if swap.is_some() {
+                if copy {
+                    let h = free[0];
+                    free = &free[1..];
+                    self.a.rorx(h, n, 8);
+                    h
+                } else if swap.is_some() {
                     n // the low byte of the same register
                 } else {
                     n + 4
@@ -1059,8 +1133,8 @@ impl Unit<'_> {
         if bit_string {
             // The address already holds the upper bits of the offset.
             let from = to.reg.unwrap_or_else(|| gpr_number(i.op1_register()).unwrap().0);
-            self.a.pext_gs(S0, from, if i.op1_register().size() == 8 { at::MASK63 } else { at::MASK31 });
-            to.reg = Some(S0);
+            self.a.pext_gs(S2, from, if i.op1_register().size() == 8 { at::MASK63 } else { at::MASK31 });
+            to.reg = Some(S2);
         }
         if let Some(n) = swap {
             // xchg low, high: 86 /r
@@ -1086,9 +1160,7 @@ impl Unit<'_> {
     fn moffs(&mut self, i: &Instruction, live: u32) {
         let size = i.memory_size().size() as u8;
         let load = i.op0_kind() == OpKind::Register;
-        self.before_probe(live);
-        let c = self.address(i);
-        self.probe(u32::from(size), !load, c);
+        self.probe(Place::Operand(i), u32::from(size), !load, live);
         if size == 2 {
             self.a.b(&[0x66]);
         }
@@ -1098,8 +1170,8 @@ impl Unit<'_> {
             (false, 1) => 0x88,
             (false, _) => 0x89,
         };
-        // [r10 + r9]
-        self.a.b(&[if size == 8 { 0x4b } else { 0x43 }, op, 0x04, 0x0a]);
+        // [r8 + r9]
+        self.a.b(&[if size == 8 { 0x4b } else { 0x43 }, op, 0x04, 0x08]);
     }
 
     /// How an instruction uses its memory operand.
@@ -1130,12 +1202,9 @@ impl Unit<'_> {
 
     /// BT and its kin with a register bit offset reach beyond their operand:
     /// r8 = address + (offset >> log2 size) * size.
-    fn bit_address(&mut self, i: &Instruction) -> Option<()> {
-        let (n, _) = gpr_number(i.op1_register())?;
+    fn bit_address(&mut self, i: &Instruction) {
+        let n = gpr_number(i.op1_register()).map_or(0, |g| g.0);
         let size = i.op1_register().size();
-        if size == 2 {
-            return None;
-        }
         self.address(i);
         let r = self.use_gpr(n, S1);
         // r9 = sign-extended offset, shifted without flags: sarx needs a count
@@ -1151,6 +1220,5 @@ impl Unit<'_> {
         // sarx r9, r9, r10
         self.a.b(&[0xc4, 0x42, 0xaa, 0xf7, 0xc9]);
         self.a.lea(self.wide(), S0, Some(S0), Some((S1, size as u8)), 0);
-        Some(())
     }
 }

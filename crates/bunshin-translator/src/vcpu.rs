@@ -273,6 +273,7 @@ impl Vcpu {
         c.fn_helper = run_helper as *const () as u64;
         c.fault_stub = fault_stub;
         c.mask63 = 63;
+        c.pages = !0xfff;
         c.mask31 = 31;
         v.reset();
         Ok(v)
