@@ -13,6 +13,8 @@
 //! The guest's r8-r11 live in memory at `gs:[gpr + 8 n]`.
 //! A block is written into two sections, hot and cold, joined by `finish`.
 
+use crate::insn::Mem;
+
 pub const RAX: u8 = 0;
 pub const RCX: u8 = 1;
 pub const S0: u8 = 8;
@@ -346,36 +348,40 @@ impl Asm {
         }
     }
 
-    /// `mov to64, [base + index]`-like access with an operand of `size` bytes;
-    /// loads extend to 64 bits with zeros for 4, and for 1 and 2.
-    pub fn load_mem(&mut self, size: u8, to: u8, base: u8, index: u8) {
-        let rex = 0x40 | if size == 8 { 8 } else { 0 } | ((to >> 3) << 2) | ((index >> 3) << 1) | (base >> 3);
-        self.b(&[rex]);
+    fn rex_mem(wide: bool, reg: u8, m: Mem) -> u8 {
+        0x40 | if wide { 8 } else { 0 } | ((reg >> 3) << 2) | (m.index.map_or(0, |i| i >> 3) << 1) | (m.base >> 3)
+    }
+
+    fn address_mem(&mut self, reg: u8, m: Mem) {
+        self.address(reg, Some(m.base), m.index.map(|i| (i, 1)), m.disp);
+    }
+
+    /// Load `size` bytes, extended with zeros.
+    pub fn load_mem(&mut self, size: u8, to: u8, m: Mem) {
+        self.b(&[Self::rex_mem(size == 8, to, m)]);
         match size {
             1 => self.b(&[0x0f, 0xb6]),
             2 => self.b(&[0x0f, 0xb7]),
             _ => self.b(&[0x8b]),
         }
-        self.address(to, Some(base), Some((index, 1)), 0);
+        self.address_mem(to, m);
     }
 
-    pub fn store_mem(&mut self, size: u8, base: u8, index: u8, from: u8) {
-        let rex = 0x40 | if size == 8 { 8 } else { 0 } | ((from >> 3) << 2) | ((index >> 3) << 1) | (base >> 3);
+    pub fn store_mem(&mut self, size: u8, m: Mem, from: u8) {
         if size == 2 {
             self.b(&[0x66]);
         }
-        self.b(&[rex, if size == 1 { 0x88 } else { 0x89 }]);
-        self.address(from, Some(base), Some((index, 1)), 0);
+        self.b(&[Self::rex_mem(size == 8, from, m), if size == 1 { 0x88 } else { 0x89 }]);
+        self.address_mem(from, m);
     }
 
-    /// `mov size [base+index], simm32`
-    pub fn store_mem_imm(&mut self, size: u8, base: u8, index: u8, v: i32) {
-        let rex = 0x40 | if size == 8 { 8 } else { 0 } | ((index >> 3) << 1) | (base >> 3);
+    /// Store an immediate, sign-extended from 32 bits.
+    pub fn store_mem_imm(&mut self, size: u8, m: Mem, v: i32) {
         if size == 2 {
             self.b(&[0x66]);
         }
-        self.b(&[rex, if size == 1 { 0xc6 } else { 0xc7 }]);
-        self.address(0, Some(base), Some((index, 1)), 0);
+        self.b(&[Self::rex_mem(size == 8, 0, m), if size == 1 { 0xc6 } else { 0xc7 }]);
+        self.address_mem(0, m);
         match size {
             1 => self.b(&[v as u8]),
             2 => self.b(&(v as u16).to_le_bytes()),

@@ -79,6 +79,8 @@ pub struct Site {
     pub linked: bool,
     /// Target page differs from the block's page.
     pub far: bool,
+    /// Leads to the version that shares no probes.
+    pub alone: bool,
     /// Block whose list of incoming sites this one is in, and the next in it.
     /// A site that is unlinked stays in its lists.
     pub listed: u32,
@@ -132,11 +134,11 @@ impl Blocks {
 impl Vcpu {
     /// Find the translation for `rip` in the current mode; None if there is none
     /// or the address does not translate.
-    pub fn find_block(&mut self, rip: u64) -> Option<u32> {
+    pub fn find_block(&mut self, rip: u64, alone: bool) -> Option<u32> {
         let va = self.linear_rip(rip);
         let m = self.walk(va, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
         let gpa = m.gpa | (va & 0xfff);
-        let mode = self.mode();
+        let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
         let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
         if let Some(second) = self.blocks.all[id as usize].second {
             let next = (va & !0xfff).wrapping_add(4096);
@@ -154,7 +156,7 @@ impl Vcpu {
     /// Code for an indirect jump to `rip`; 0 if it must be translated first.
     pub fn lookup(&mut self, rip: u64) -> u64 {
         self.counters.lookups += 1;
-        match self.find_block(rip) {
+        match self.find_block(rip, false) {
             Some(id) => {
                 let b = &self.blocks.all[id as usize];
                 if b.second.is_none() {
@@ -168,9 +170,15 @@ impl Vcpu {
 
     /// Code for the direct jump `site` to `rip`, linking it where that is valid.
     pub fn link(&mut self, rip: u64, site: u32) -> u64 {
-        let Some(id) = self.find_block(rip) else { return 0 };
+        let alone = self.is_alone(site);
+        let Some(id) = self.find_block(rip, alone) else { return 0 };
         self.link_to(site, id);
         self.blocks.all[id as usize].body
+    }
+
+    /// The site leads to a version that shares no probes.
+    pub fn is_alone(&self, site: u32) -> bool {
+        self.blocks.sites.get(site as usize).is_some_and(|s| s.alone)
     }
 
     pub fn link_to(&mut self, site: u32, id: u32) {

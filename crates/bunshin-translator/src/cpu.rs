@@ -110,9 +110,8 @@ pub struct Cpu {
     pub region: u64,
     /// Where execution resumes (host address).
     pub resume: u64,
-    /// Address and info word of the access that missed.
-    pub miss_addr: u64,
-    pub miss_info: u64,
+    /// r10 while a miss is served.
+    pub group: u64,
     pub tmp: u64,
     pub mask63: u64,
     /// Bits of an address above the offset in its page.
@@ -181,8 +180,8 @@ pub mod at {
     offsets! {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
         IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
-        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; MISS_ADDR = miss_addr;
-        MISS_INFO = miss_info; TMP = tmp; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
+        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group;
+        TMP = tmp; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         BOUNCE = bounce; TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
         MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;

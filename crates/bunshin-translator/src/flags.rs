@@ -44,6 +44,10 @@ pub fn effect(i: &Instruction) -> Effect {
     let reads = i.rflags_read() & ALL;
     let sure = (i.rflags_written() | i.rflags_cleared() | i.rflags_set()) & ALL;
     let mut e = Effect { reads, writes: sure | (i.rflags_undefined() & ALL), kills: sure };
+    if e.writes == 0 && matches!(i.mnemonic(), M::Rcl | M::Rcr) && !count_may_be_zero(i) {
+        // Whole turns change nothing, but processors compute OF.
+        e = Effect { reads: RflagsBits::CF, writes: RflagsBits::CF | RflagsBits::OF, kills: 0 };
+    }
     if e.writes != 0 {
         match i.mnemonic() {
             // AF is declared undefined here; processors clear it.

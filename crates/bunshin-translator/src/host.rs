@@ -17,6 +17,22 @@ pub fn xsave_mask() -> u64 {
     })
 }
 
+/// Offset and length of XSAVE component `n` in the standard form.
+pub fn component(n: usize) -> (usize, usize) {
+    static PLACES: OnceLock<[(usize, usize); 8]> = OnceLock::new();
+    PLACES.get_or_init(|| {
+        std::array::from_fn(|n| match n {
+            0 => (32, 128),
+            1 => (160, 256),
+            _ if xsave_mask() >> n & 1 == 0 => (0, 0),
+            _ => {
+                let l = __cpuid_count(0xd, n as u32);
+                (l.ebx as usize, l.eax as usize)
+            }
+        })
+    })[n]
+}
+
 pub fn has_xsaveopt() -> bool {
     __cpuid_count(0xd, 1).eax & 1 != 0
 }

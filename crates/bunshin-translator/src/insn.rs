@@ -200,6 +200,14 @@ impl Parts {
     }
 }
 
+/// A memory operand in host registers: `[base + index + disp]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mem {
+    pub base: u8,
+    pub index: Option<u8>,
+    pub disp: i32,
+}
+
 /// Registers to write instead of the guest's; None keeps the encoding's own.
 #[derive(Clone, Copy, Default, Debug)]
 pub struct Renamed {
@@ -207,8 +215,7 @@ pub struct Renamed {
     pub rm: Option<u8>,
     pub vvvv: Option<u8>,
     pub opcode: Option<u8>,
-    /// Memory operand becomes `[base + index]` (index None: `[base]`).
-    pub mem: Option<(u8, Option<u8>)>,
+    pub mem: Option<Mem>,
     /// Memory operand becomes `gs:[offset]`.
     pub gs: Option<u32>,
 }
@@ -223,7 +230,7 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
     let mut low_reg = (m >> 3) & 7;
     let mut low_rm = m & 7;
     // X and B of the memory form or of the register form.
-    let mem_xb = r.mem.map(|(b, i)| (i.is_some_and(|i| i >= 8), b >= 8)).or(r.gs.map(|_| (false, false)));
+    let mem_xb = r.mem.map(|m| (m.index.is_some_and(|i| i >= 8), m.base >= 8)).or(r.gs.map(|_| (false, false)));
     if let Some(n) = r.reg {
         low_reg = n & 7;
     }
@@ -290,18 +297,20 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
     }
     if let Some(m) = p.modrm {
         let reg = low_reg << 3;
-        if let Some((b, i)) = r.mem {
-            match i {
-                Some(i) => {
-                    // base is never rbp or r13 here, so no displacement is needed
-                    debug_assert!(b & 7 != 5);
-                    out.extend_from_slice(&[reg | 4, ((i & 7) << 3) | (b & 7)]);
-                }
-                None => {
-                    debug_assert!(b & 7 != 4 && b & 7 != 5);
-                    out.push(reg | (b & 7));
-                }
+        if let Some(Mem { base, index, disp }) = r.mem {
+            // r8 to r10, so a base needs neither a displacement nor an index.
+            debug_assert!(base & 7 != 4 && base & 7 != 5);
+            // EVEX scales byte displacements; write those whole.
+            let (mode, bytes) = match disp {
+                0 => (0, 0),
+                -128..=127 if p.form != Form::Evex => (0x40, 1),
+                _ => (0x80, 4),
+            };
+            match index {
+                Some(i) => out.extend_from_slice(&[mode | reg | 4, ((i & 7) << 3) | (base & 7)]),
+                None => out.push(mode | reg | (base & 7)),
             }
+            out.extend_from_slice(&disp.to_le_bytes()[..bytes]);
         } else if let Some(off) = r.gs {
             out.extend_from_slice(&[reg | 4, 0x25]);
             out.extend_from_slice(&off.to_le_bytes());
@@ -407,7 +416,7 @@ mod tests {
             assert_eq!(i.len(), bytes.len(), "{bytes:x?}");
             let p = Parts::new(bytes, 64).unwrap();
             let mut out = Vec::new();
-            let to = Renamed { mem: Some((10, Some(9))), ..Default::default() };
+            let to = Renamed { mem: Some(Mem { base: 10, index: Some(9), disp: 0 }), ..Default::default() };
             encode(&p, bytes, &to, &mut out);
             let j = decode(&out, 64, 0);
             assert_eq!(j.code(), i.code(), "{bytes:x?} {out:x?}");

@@ -6,11 +6,12 @@
 //! and the result is copied back. Nothing of the guest changes before all of
 //! it can.
 use crate::cpu::*;
+use crate::host;
 use crate::insn::{decode, reads, shape, writes, Parts};
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
 use crate::vcpu::{mode, Vcpu};
-use iced_x86::{EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess, OpKind, Register};
 use std::arch::x86_64::__cpuid_count;
 use std::sync::atomic::Ordering;
 
@@ -58,11 +59,7 @@ impl Vcpu {
         self.cpu_mut().resume = code;
         let pending = self.cpu().pending.swap(0, Ordering::AcqRel);
         loop {
-            // SAFETY: as in `Vcpu::enter`.
-            unsafe {
-                let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
-                enter(self.cpu_mut());
-            }
+            self.run_code();
             match self.cpu().exit {
                 exit::SNIPPET => break,
                 exit::EVENT => {
@@ -102,35 +99,45 @@ impl Vcpu {
 
     // --- vector registers in the XSAVE area -----------------------------------
 
-    fn component(&self, n: u32) -> Option<usize> {
-        let x = &self.cpu().xsave.0;
-        let bv = u64::from_le_bytes(x[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
-        if bv & (1 << n) == 0 {
-            return None;
-        }
-        Some(match n {
-            0 => 0,
-            1 => 160,
-            _ => __cpuid_count(0xd, n).ebx as usize,
-        })
+    fn xstate_bv(&self) -> u64 {
+        u64::from_le_bytes(self.cpu().xsave.0[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap())
     }
 
-    /// Make a component valid (zero if it was in its initial state).
-    fn touch_component(&mut self, n: u32) -> usize {
-        if let Some(at) = self.component(n) {
-            return at;
+    /// Run from `cpu.resume` until an exit.
+    pub fn run_code(&mut self) {
+        // SAFETY: the stub keeps the C ABI; `cpu.resume` is code in the cache.
+        unsafe {
+            let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
+            enter(self.cpu_mut());
         }
-        let (at, len) = match n {
-            1 => (160, 256),
-            _ => {
-                let l = __cpuid_count(0xd, n);
-                (l.ebx as usize, l.eax as usize)
+        self.blank_initial();
+    }
+
+    /// Write out the components that became initial. XSAVEOPT left their old
+    /// bytes, and on Zen 4 may name them again later without writing them.
+    pub fn blank_initial(&mut self) {
+        let present = self.xstate_bv();
+        let gone = std::mem::replace(&mut self.saved, present) & !present;
+        for n in (0..8).filter(|n| gone >> n & 1 != 0) {
+            let (at, length) = host::component(n);
+            let x = &mut self.cpu_mut().xsave.0;
+            x[at..at + length].fill(0);
+            if n == 0 {
+                x[..24].fill(0);
+                x[..2].copy_from_slice(&0x37fu16.to_le_bytes());
             }
-        };
-        let x = &mut self.cpu_mut().xsave.0;
-        x[at..at + len].fill(0);
-        x[XSTATE_BV + n as usize / 8] |= 1 << (n % 8);
-        at
+        }
+    }
+
+    /// Where a component lies, unless it is in its initial state.
+    fn component(&self, n: usize) -> Option<usize> {
+        (self.xstate_bv() >> n & 1 != 0).then(|| host::component(n).0)
+    }
+
+    /// Where a component lies; it is in use from now on.
+    fn touch_component(&mut self, n: usize) -> usize {
+        self.cpu_mut().xsave.0[XSTATE_BV] |= 1 << n;
+        host::component(n).0
     }
 
     /// 64 bytes of vector register `n`.
@@ -149,7 +156,7 @@ impl Vcpu {
         if let Some(at) = self.component(2) {
             v[16..32].copy_from_slice(&x[at + 16 * n..][..16]);
         }
-        if crate::host::xsave_mask() & 0x40 != 0 {
+        if host::xsave_mask() & 0x40 != 0 {
             if let Some(at) = self.component(6) {
                 v[32..].copy_from_slice(&x[at + 32 * n..][..32]);
             }
@@ -167,7 +174,7 @@ impl Vcpu {
         self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[..16]);
         let at = self.touch_component(2);
         self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[16..32]);
-        if crate::host::xsave_mask() & 0x40 != 0 {
+        if host::xsave_mask() & 0x40 != 0 {
             let at = self.touch_component(6);
             self.cpu_mut().xsave.0[at + 32 * n..][..32].copy_from_slice(&v[32..]);
         }
@@ -301,10 +308,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             4 => i64::from(off as i32) >> 5,
             _ => off as i64 >> 6,
         };
-        va = va.wrapping_add((off * size as i64) as u64);
-        if !v.cpu().code64() {
-            va &= 0xffff_ffff;
-        }
+        va = v.operand_behind(i, (off * size as i64) as u64);
         if size == 2 {
             return bit16(v, i, va);
         }
@@ -324,6 +328,10 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if size == 0 || access == OpAccess::None {
         v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
         return Ok(Flow::Next);
+    }
+    if waits(i) {
+        // An exception that the FPU has pending comes before those of the operand.
+        v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
     }
     let moffs = Parts::new(bytes, mode::bits(v.mode())).is_some_and(|p| p.modrm().is_none());
     if moffs {
@@ -349,10 +357,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let (mask, n) = element_mask(v, i).unwrap_or((1, size));
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
-    if mask != 0 {
-        v.check_end(va, 1)?;
-    }
-    if misaligned(i, va, size) {
+    if mask != 0 && misaligned(i, va, size) {
         return Err(gp());
     }
     if writes(access) {
@@ -362,9 +367,11 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let mut buffer = [0u8; 512];
     let buffer = &mut buffer[..size];
-    if reads(access) {
-        for at in parts.clone() {
-            v.read_as(va.wrapping_add(at as u64), &mut buffer[at..at + n], who)?;
+    // A store that does not happen after all (an x87 exception) copies back what was there.
+    for at in parts.clone() {
+        let (from, to) = (va.wrapping_add(at as u64), &mut buffer[at..at + n]);
+        if reads(access) || v.access(from, 1, Kind::Read, who)?.0.is_some() {
+            v.read_as(from, to, who)?;
         }
     }
     let off = (va & 63) as usize;
@@ -387,12 +394,21 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     Ok(Flow::Next)
 }
 
+/// x87 or MMX, and not one that ignores pending exceptions.
+fn waits(i: &Instruction) -> bool {
+    let mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+    let x87 = |f: &CpuidFeature| matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387);
+    mmx || i.code().cpuid_features().iter().any(x87) && !format!("{:?}", i.mnemonic()).starts_with("Fn")
+}
+
 /// The instruction wants its operand aligned and it is not; that fault comes
 /// before those of paging.
 fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
     let strict = match i.mnemonic() {
         M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
         | M::Pcmpestri64 | M::Pcmpestrm64 => false,
+        // AMD's do not check; elsewhere the host still does, after the pages.
+        M::Sha1msg1 | M::Sha1msg2 | M::Sha1nexte | M::Sha1rnds4 | M::Sha256msg1 | M::Sha256msg2 | M::Sha256rnds2 => false,
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => return va & 15 != 0,
         M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovdqa32 | M::Vmovdqa64 | M::Vmovntdq | M::Vmovntps | M::Vmovntpd
         | M::Vmovntdqa | M::Cmpxchg16b => true,
@@ -405,6 +421,9 @@ fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
 fn bit16(v: &mut Vcpu, i: &Instruction, va: u64) -> Done {
     let who = v.data_access();
     let bit = v.reg(i.op1_register()) & 15;
+    if i.mnemonic() != M::Bt {
+        v.check(va, 2, Kind::Write, who)?;
+    }
     let x = v.load(va, 2, who)?;
     let y = match i.mnemonic() {
         M::Bts => x | 1 << bit,
@@ -420,31 +439,74 @@ fn bit16(v: &mut Vcpu, i: &Instruction, va: u64) -> Done {
     Ok(Flow::Next)
 }
 
-/// Enabled elements and their size, for instructions whose faults are
-/// suppressed by a mask.
+/// Takes its memory operand as a whole whatever the mask: elements of the
+/// result do not come from elements of the operand. SDM volume 2, 2.8 (E4NF,
+/// E5NF, E6NF).
+fn whole(i: &Instruction) -> bool {
+    match i.mnemonic() {
+        M::Valignd | M::Valignq | M::Vcvtne2ps2bf16 | M::Vdbpsadbw | M::Vgf2p8affineinvqb | M::Vgf2p8affineqb
+        | M::Vmovddup | M::Vmovshdup | M::Vmovsldup | M::Vpalignr | M::Vpconflictd | M::Vpconflictq
+        | M::Vpmaddubsw | M::Vpmaddwd | M::Vpmultishiftqb => true,
+        M::Vextractf32x4 | M::Vextractf32x8 | M::Vextractf64x2 | M::Vextractf64x4 | M::Vextracti32x4
+        | M::Vextracti32x8 | M::Vextracti64x2 | M::Vextracti64x4 | M::Vinsertf32x4 | M::Vinsertf32x8
+        | M::Vinsertf64x2 | M::Vinsertf64x4 | M::Vinserti32x4 | M::Vinserti32x8 | M::Vinserti64x2
+        | M::Vinserti64x4 => true,
+        M::Vpackssdw | M::Vpacksswb | M::Vpackusdw | M::Vpackuswb | M::Vpunpckhbw | M::Vpunpckhdq | M::Vpunpckhqdq
+        | M::Vpunpckhwd | M::Vpunpcklbw | M::Vpunpckldq | M::Vpunpcklqdq | M::Vpunpcklwd | M::Vunpckhpd
+        | M::Vunpckhps | M::Vunpcklpd | M::Vunpcklps => true,
+        M::Vpermb | M::Vpermw | M::Vpermd | M::Vpermq | M::Vpermps | M::Vpermpd | M::Vpermi2b | M::Vpermi2w
+        | M::Vpermi2d | M::Vpermi2q | M::Vpermi2ps | M::Vpermi2pd | M::Vpermt2b | M::Vpermt2w | M::Vpermt2d
+        | M::Vpermt2q | M::Vpermt2ps | M::Vpermt2pd | M::Vpermilps | M::Vpermilpd => true,
+        M::Vpshufb | M::Vpshufd | M::Vpshufhw | M::Vpshuflw | M::Vshuff32x4 | M::Vshuff64x2 | M::Vshufi32x4
+        | M::Vshufi64x2 | M::Vshufpd | M::Vshufps => true,
+        // Shifts by one count for all.
+        M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsraw | M::Vpsrad | M::Vpsraq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq => {
+            i.op2_kind() == OpKind::Memory
+        }
+        _ => false,
+    }
+}
+
+/// Enabled elements of the memory operand and their size, for instructions
+/// whose faults are suppressed by a mask.
 fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
-    if i.op_mask() != Register::None {
+    let m = i.mnemonic();
+    let masked = i.op_mask() != Register::None;
+    let compress = matches!(
+        m,
+        M::Vpcompressb | M::Vpcompressw | M::Vpcompressd | M::Vpcompressq | M::Vcompressps | M::Vcompresspd
+    );
+    if (masked || compress) && !whole(i) {
         let op = i.code().op_code();
         // An element may be a pair or four of what the operand holds.
         let n = if op.can_broadcast() { op.broadcast_memory_size().size() } else { op.memory_size().element_size() };
         let count = op.memory_size().size() / n;
-        let low = |bits: usize| u64::MAX >> (64 - bits);
-        let m = v.opmask(i.op_mask());
-        let live = m & low(count);
-        if i.is_broadcast() {
-            return Some((u64::from(live != 0), n));
+        let low = |bits: u32| u64::MAX.checked_shr(64 - bits).unwrap_or(0);
+        let mut live = if masked { v.opmask(i.op_mask()) } else { u64::MAX };
+        if matches!(
+            m,
+            M::Vpbroadcastb | M::Vpbroadcastw | M::Vpbroadcastd | M::Vpbroadcastq | M::Vbroadcastss | M::Vbroadcastsd
+                | M::Vbroadcastf32x2 | M::Vbroadcastf32x4 | M::Vbroadcastf32x8 | M::Vbroadcastf64x2
+                | M::Vbroadcastf64x4 | M::Vbroadcasti32x2 | M::Vbroadcasti32x4 | M::Vbroadcasti32x8
+                | M::Vbroadcasti64x2 | M::Vbroadcasti64x4
+        ) {
+            // Any copy that is wanted wants the element.
+            let all = live & low((i.op0_register().size() / n) as u32);
+            live = (0..64).step_by(count).fold(0, |m, k| m | all >> k);
         }
-        return Some(match i.mnemonic() {
-            M::Vpcompressb | M::Vpcompressw | M::Vpcompressd | M::Vpcompressq | M::Vcompressps | M::Vcompresspd
-            | M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq | M::Vexpandps | M::Vexpandpd => {
-                (low(64) >> (64 - live.count_ones()).min(63) & if live == 0 { 0 } else { u64::MAX }, n)
+        live &= low(count as u32);
+        return Some(match m {
+            _ if i.is_broadcast() => (u64::from(live != 0), n),
+            M::Vpexpandb | M::Vpexpandw | M::Vpexpandd | M::Vpexpandq | M::Vexpandps | M::Vexpandpd => {
+                (low(live.count_ones()), n)
             }
+            _ if compress => (low(live.count_ones()), n),
             _ => (live, n),
         });
     }
-    if matches!(i.mnemonic(), M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq) {
+    if matches!(m, M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq) {
         let r = i.op1_register();
-        let n = if matches!(i.mnemonic(), M::Vmaskmovpd | M::Vpmaskmovq) { 8 } else { 4 };
+        let n = if matches!(m, M::Vmaskmovpd | M::Vpmaskmovq) { 8 } else { 4 };
         let x = v.vector(vector_number(r));
         let m = (0..r.size() / n).filter(|k| x[k * n + n - 1] & 0x80 != 0).fold(0, |m, k| m | 1 << k);
         return Some((m, n));
@@ -488,10 +550,9 @@ fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
         let operand = v.cpu().bounce.0.as_ptr() as u64;
         v.run_snippet(&store, &decode(&store, 64, i.ip()), operand)?;
     }
-    // Processors check the whole operand, whatever the mask.
-    for k in [0, count - 1] {
-        let va = at(v, k);
-        v.access(va, 1, Kind::Write, who)?;
+    // Processors check the whole operand, whatever the mask, by quadwords.
+    for k in (0..count).step_by(8) {
+        v.check(at(v, k), 8, Kind::Write, who)?;
     }
     for k in (0..count).filter(|&k| m[k] & 0x80 != 0) {
         let va = at(v, k);
@@ -602,17 +663,11 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
     let seg = Vcpu::segment_index(i.memory_segment());
     let base = if i.memory_base() == Register::None { 0 } else { v.reg(i.memory_base()) };
     let who = v.data_access();
-    if !evex {
-        // every element's mask becomes its sign
-        for k in 0..count {
-            let s = if vmask[k * n + n - 1] & 0x80 != 0 { 0xff } else { 0 };
-            vmask[k * n..k * n + n].fill(s);
-        }
-    }
-    let mut failed = None;
+    let (mut failed, mut moved) = (None, false);
     for k in 0..count {
-        let on = if evex { kmask >> k & 1 != 0 } else { vmask[k * n] != 0 };
+        let on = if evex { kmask >> k & 1 != 0 } else { vmask[k * n + n - 1] & 0x80 != 0 };
         if !on {
+            vmask[k * n..k * n + n].fill(0);
             continue;
         }
         let x = if w == 8 {
@@ -635,30 +690,28 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
             failed = Some(e);
             break;
         }
+        moved = true;
         if evex {
             kmask &= !(1 << k);
         } else {
             vmask[k * n..k * n + n].fill(0);
         }
     }
+    // A fault leaves what it has not reached as it was; EVEX clears what lies
+    // above the register with the first element.
     if failed.is_none() {
+        out[count * n..].fill(0);
         vmask.fill(0);
         kmask = 0;
+    } else if evex && moved {
+        out[data.size().max(index.size())..].fill(0);
     }
     if !scatter {
-        // Bits above the elements are cleared.
-        let top = if failed.is_none() { count * n } else { data.size() };
-        if failed.is_none() || !evex {
-            out[top.max(16.min(count * n))..].fill(0);
-        }
         v.set_vector(vector_number(data), &out);
     }
     if evex {
         v.set_opmask(i.op_mask(), kmask);
     } else {
-        if failed.is_some() {
-            vmask[vex_mask.size()..].fill(0);
-        }
         v.set_vector(vector_number(vex_mask), &vmask);
     }
     match failed {

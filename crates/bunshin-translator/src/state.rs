@@ -154,6 +154,8 @@ impl Vcpu {
             let mxcsr = u32::from_le_bytes(c.xsave.0[24..28].try_into().unwrap()) & 0xffff;
             c.xsave.0[24..28].copy_from_slice(&mxcsr.to_le_bytes());
         }
+        self.saved = u64::MAX;
+        self.blank_initial();
         // EFER's LMA follows from the rest, so it is set past the usual checks.
         for &(n, x) in &s.msrs {
             if n == crate::msr::EFER {

@@ -18,6 +18,10 @@ pub struct Stubs {
     pub miss: u64,
     /// The same where the flags live in the host's register.
     pub miss_flags: u64,
+    /// The same for accesses that share a probe: where the table cannot serve
+    /// them all, returns five bytes further on.
+    pub miss_group: u64,
+    pub miss_group_flags: u64,
     /// Indirect jump found no entry: r8 target.
     pub lookup: u64,
     /// Direct jump not linked yet: r8 target, r10d site.
@@ -143,15 +147,15 @@ impl Stubs {
             a.jmp_gs(at::RESUME);
         });
 
-        let miss = |a: &mut Asm, flags: bool| {
+        let miss = |a: &mut Asm, flags: bool, group: bool| {
             if flags {
                 flags_to_lazy(a);
                 save(a, &VOLATILE[1..]);
             } else {
                 save(a, &VOLATILE);
             }
-            a.store(at::MISS_ADDR, S0);
-            a.store(at::MISS_INFO, S1);
+            // A group may hold its address there.
+            a.store(at::GROUP, S2);
             xmm(a, true);
             a.load(7, at::VCPU);
             a.mov(6, S0);
@@ -161,23 +165,36 @@ impl Stubs {
             a.b(&[0x48, 0x83, 0xc4, 8]);
             xmm(a, false);
             a.b(&[0x85, 0xc0]); // test eax, eax
-            let slow = a.jcc_short(4);
+            let slow = if group {
+                // Past the jump back: to the version without groups.
+                let filled = a.jcc_short(5);
+                a.b(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword [rsp], 5
+                a.land(filled);
+                None
+            } else {
+                Some(a.jcc_short(4))
+            };
             a.cmp32_imm8(at::PENDING, 0);
             let event = a.jcc_short(5);
+            a.load(S2, at::GROUP);
             restore(a, &VOLATILE);
             if flags {
                 lazy_to_flags(a);
             }
             a.ret();
-            a.land(slow);
+            if let Some(slow) = slow {
+                a.land(slow);
+            }
             a.land(event);
             a.pop(RAX);
             a.store(at::HOST_PC, RAX);
             save(a, &KEPT);
             exit_with(a, exit::SLOW);
         };
-        s.miss = put(&mut |a| miss(a, false));
-        s.miss_flags = put(&mut |a| miss(a, true));
+        s.miss = put(&mut |a| miss(a, false, false));
+        s.miss_flags = put(&mut |a| miss(a, true, false));
+        s.miss_group = put(&mut |a| miss(a, false, true));
+        s.miss_group_flags = put(&mut |a| miss(a, true, true));
 
         // Common end of lookup and link: rax is code or 0.
         let go = |a: &mut Asm| {

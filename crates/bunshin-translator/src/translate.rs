@@ -38,7 +38,7 @@ use crate::asm::*;
 use crate::block::{Block, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
-use crate::insn::*;
+use crate::insn::{decode, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind};
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
@@ -83,6 +83,104 @@ struct Item {
     at: usize,
     effect: Effect,
     live_after: u32,
+    /// How it uses its memory operand.
+    access: OpAccess,
+    /// General registers that it writes, a bit each.
+    writes: u16,
+}
+
+impl Item {
+    fn new(insn: Instruction, at: usize, factory: &mut InstructionInfoFactory) -> Self {
+        let info = factory.info(&insn);
+        let access = (0..insn.op_count())
+            .find(|&n| insn.op_kind(n) == OpKind::Memory)
+            .map_or(OpAccess::None, |n| info.op_access(n));
+        let writes = info
+            .used_registers()
+            .iter()
+            .filter(|r| writes(r.access()))
+            .filter_map(|r| gpr_number(r.register()))
+            .fold(0, |m, g| m | 1 << g.0);
+        Self { effect: effect(&insn), insn, at, live_after: ALL, access, writes }
+    }
+}
+
+/// Neighbouring accesses off one base register that share one probe.
+///
+/// r10 holds the host address of the lowest byte from the first access to the
+/// last; nothing between them may use r10 or change the base by an unknown amount.
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    base: Option<u8>,
+    index: Option<(u8, u8)>,
+    /// Displacement of the lowest byte, and bytes covered.
+    low: i64,
+    span: i64,
+    /// How far the base register has moved since the probe.
+    shift: i64,
+    write: bool,
+}
+
+/// Most bytes that a group covers: what crosses a page takes the other version.
+const SPAN: i64 = 256;
+/// How many instructions a group may reach ahead.
+const REACH: usize = 24;
+
+/// An access as base, index and displacement.
+#[derive(Clone, Copy, Debug)]
+struct Spot {
+    base: Option<u8>,
+    index: Option<(u8, u8)>,
+    disp: i64,
+    size: i64,
+    write: bool,
+}
+
+impl Group {
+    fn covers(&self, s: &Spot) -> bool {
+        let at = s.disp + self.shift - self.low;
+        s.base == self.base && s.index == self.index && at >= 0 && at + s.size <= self.span && (self.write || !s.write)
+    }
+
+    /// Follow one instruction: false if the base or index is lost.
+    fn step(&mut self, item: &Item) -> bool {
+        let i = &item.insn;
+        let mut touched = item.writes;
+        let base = self.base.map_or(0, |b| 1u16 << b);
+        let by = match i.mnemonic() {
+            M::Push | M::Pop | M::Call | M::Ret if self.base == Some(4) => {
+                // A pop into the stack pointer itself is not a move by 8.
+                if i.mnemonic() == M::Pop && i.op0_kind() == OpKind::Register && gpr_number(i.op0_register()) == Some((4, false)) {
+                    return false;
+                }
+                Some(i64::from(i.stack_pointer_increment()))
+            }
+            M::Add | M::Sub
+                if i.op0_kind() == OpKind::Register
+                    && i.op0_register().is_gpr64()
+                    && i.op1_kind() != OpKind::Register
+                    && i.op1_kind() != OpKind::Memory =>
+            {
+                let v = i.immediate(1) as i64;
+                (v.unsigned_abs() < 0x1_0000).then_some(if i.mnemonic() == M::Add { v } else { -v })
+            }
+            M::Inc if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64() => Some(1),
+            M::Dec if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64() => Some(-1),
+            _ => None,
+        };
+        if let Some(by) = by {
+            let moved = match i.mnemonic() {
+                M::Push | M::Pop | M::Call | M::Ret => 4,
+                _ => gpr_number(i.op0_register()).map_or(16, |g| g.0),
+            };
+            if Some(moved) == self.base {
+                self.shift += by;
+                touched &= !base;
+            }
+        }
+        let index = self.index.map_or(0, |x| 1u16 << x.0);
+        touched & (base | index) == 0 && self.shift.abs() < 0x10_0000
+    }
 }
 
 /// A block being translated.
@@ -95,11 +193,16 @@ struct Unit<'a> {
     rip: u64,
     flags: Flags,
     points: Vec<(Label, u16, bool)>,
-    sites: Vec<(Label, Label, u64, bool)>,
+    /// Place of the rel32, the stub, target, whether pages differ, version.
+    sites: Vec<(Label, Label, u64, bool, bool)>,
     relied: Vec<(u16, u16)>,
     live_out: u32,
     info: InstructionInfoFactory,
     probed: bool,
+    group: Option<Group>,
+    items: &'a [Item],
+    /// Index of the instruction being written, in `items`.
+    now: usize,
     /// Memory accesses up to where the flags are needed or overwritten.
     ahead: usize,
     /// Writing a snippet: the operand lies at `cpu.tmp`, nothing is probed.
@@ -137,8 +240,10 @@ fn ends(i: &Instruction) -> bool {
 impl Vcpu {
     /// Translate the block at `rip` in the current mode and return its number.
     ///
-    /// Fails with the exception that fetching its first instruction raises.
-    pub fn translate(&mut self, rip: u64) -> Result<u32, Exception> {
+    /// With `alone` no accesses share a probe: the version for operands that
+    /// cross a page. Fails with the exception that fetching the first
+    /// instruction raises.
+    pub fn translate(&mut self, rip: u64, alone: bool) -> Result<u32, Exception> {
         let started = bunshin_core::clock::rdtsc();
         let va = self.linear_rip(rip);
         let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
@@ -147,7 +252,7 @@ impl Vcpu {
             return Err(Exception::gp()); // executing a device: not modelled
         };
         let host = self.phys.host(gpa & !0xfff).unwrap();
-        let mode = self.mode();
+        let mode = self.mode() | if alone { mode::ALONE } else { 0 };
         let bits = mode::bits(mode);
         // SAFETY: a page of guest RAM; the copy keeps decoder and writer apart.
         let mut window: Vec<u8> = unsafe { std::slice::from_raw_parts(host as *const u8, 4096) }.to_vec();
@@ -157,6 +262,7 @@ impl Vcpu {
         let mut second = None;
         {
             let mut d = Decoder::with_ip(bits, &window[start..], rip, DecoderOptions::NONE);
+            let mut factory = InstructionInfoFactory::new();
             while items.len() < MOST && d.can_decode() {
                 let at = start + d.position();
                 let insn = d.decode();
@@ -164,7 +270,7 @@ impl Vcpu {
                     break;
                 }
                 let end = ends(&insn);
-                items.push(Item { effect: effect(&insn), insn, at, live_after: ALL });
+                items.push(Item::new(insn, at, &mut factory));
                 if end {
                     break;
                 }
@@ -183,7 +289,7 @@ impl Vcpu {
             window.extend_from_slice(&rest);
             second = Some(m2.gpa);
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
-            items.push(Item { effect: effect(&insn), insn, at: start, live_after: ALL });
+            items.push(Item::new(insn, start, &mut InstructionInfoFactory::new()));
         }
         let limit = if second.is_some() { window.len() } else { 4096 };
         let mut u = Unit {
@@ -201,6 +307,9 @@ impl Vcpu {
             info: InstructionInfoFactory::new(),
             probed: false,
             ahead: 0,
+            group: None,
+            items: &[],
+            now: 0,
             bounce: false,
             guest: 0,
         };
@@ -215,9 +324,14 @@ impl Vcpu {
         let body = u.a.here().1;
         let mut ended = false;
         let mut shadow = false;
+        u.items = &items;
         for (n, item) in items.iter().enumerate() {
+            u.now = n;
             u.ahead = accesses_ahead(&items[n..]);
-            ended = u.instruction(item, n + 1 == items.len());
+            ended = u.instruction(item);
+            if u.group.as_mut().is_some_and(|g| !g.step(item)) {
+                u.group = None;
+            }
             if ended {
                 break;
             }
@@ -248,13 +362,14 @@ impl Vcpu {
         let hot = self.asm.hot.len() as u32;
         let place = |l: Label| l.1 + if l.0 == Section::Cold { hot } else { 0 };
         let id = self.blocks.all.len() as u32;
-        for (patch, stub, target, far) in sites {
+        for (patch, stub, target, far, alone) in sites {
             self.blocks.sites.push(Site {
                 patch: at + u64::from(place(patch)),
                 stub: at + u64::from(place(stub)),
                 target,
                 linked: false,
                 far,
+                alone,
                 listed: NONE,
                 next: NONE,
                 listed_far: false,
@@ -327,11 +442,14 @@ impl Vcpu {
             info: InstructionInfoFactory::new(),
             probed: false,
             ahead: 0,
+            group: None,
+            items: &[],
+            now: 0,
             bounce: true,
             guest: 0,
         };
         u.a.clear();
-        u.generic(&Item { insn: *insn, at: 0, effect: effect(insn), live_after: ALL }, true);
+        u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
         u.a.jmp_abs(u.v.stubs.snippet_end);
         self.asm = u.a;
         let at = self.cache.next();
@@ -417,11 +535,36 @@ impl Unit<'_> {
 
     /// Keep the flags in memory from here on.
     fn flags_to_lazy(&mut self) {
-        self.a.mov(S2, RAX);
+        self.a.mov(S0, RAX);
         self.a.lahf_seto();
         self.a.store32(at::LAZY, RAX);
-        self.a.mov(RAX, S2);
+        self.a.mov(RAX, S0);
         self.flags = Flags::Lazy;
+    }
+
+    /// r10 for other use than the group's.
+    fn take_s2(&mut self) -> u8 {
+        self.group = None;
+        S2
+    }
+
+    /// The first of `free`, which it leaves.
+    fn take(&mut self, free: &mut &[u8]) -> u8 {
+        let r = free[0];
+        *free = &free[1..];
+        if r == S2 {
+            self.group = None;
+        }
+        r
+    }
+
+    /// A scratch register that `m` does not use.
+    fn scratch_beside(&mut self, m: Mem) -> u8 {
+        if m.base == S2 {
+            S0
+        } else {
+            self.take_s2()
+        }
     }
 
     fn flags_to_host(&mut self, scratch: u8, live: u32) {
@@ -449,7 +592,7 @@ impl Unit<'_> {
 
     /// The linear address of the memory operand into r8 (uses r9). Gives the
     /// address if it is a constant.
-    fn address(&mut self, i: &Instruction) -> Option<u64> {
+    fn address(&mut self, i: &Instruction, from: i32) -> Option<u64> {
         let seg = i.memory_segment();
         let seg_base = match seg {
             Register::FS => Some(4),
@@ -473,7 +616,7 @@ impl Unit<'_> {
             let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
             let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
             // 16-bit addresses wrap at 64 KiB and the displacement is one of 16 bits
-            let disp = if size == 2 { disp as i16 as i32 } else { disp as i32 };
+            let disp = if size == 2 { disp as i16 as i32 } else { (disp as i32).wrapping_add(from) };
             let wide = size == 8 && self.bits == 64;
             self.a.lea(wide, S0, b, x, disp);
             if size == 2 {
@@ -488,32 +631,75 @@ impl Unit<'_> {
         constant
     }
 
-    /// The address of an operand into r8; uses r9 (and r10 for bit strings).
-    fn locate(&mut self, place: Place) -> Option<u64> {
+    /// The address `from` bytes past an operand into r8; uses r9 (and r10 for
+    /// bit strings).
+    fn locate(&mut self, place: Place, from: i64) -> Option<u64> {
+        let from = from as i32;
         match place {
-            Place::Operand(i) => return self.address(i),
+            Place::Operand(i) => return self.address(i, from),
             Place::Bits(i) => self.bit_address(i),
-            Place::Stack(below) => self.stack_slot(GSP, -below),
-            Place::Frame => self.stack_slot(5, 0),
+            Place::Stack(below) => self.stack_slot(GSP, from - below),
+            Place::Frame => self.stack_slot(5, from),
         }
         None
     }
 
-    /// Make `[r8 + r9]` the host address of an operand of `size` bytes. `live`
-    /// are the flags that must survive. r10 is free afterwards.
-    fn probe(&mut self, place: Place, size: u32, write: bool, live: u32) {
-        if self.flags == Flags::Host && live != 0 && self.ahead >= MANY_ACCESSES {
+    /// The host address of an operand of `size` bytes; `live` are the flags
+    /// that must survive. It is `[r8 + r9]`, or `[r10 + n]` inside a group; the
+    /// other scratch registers are free afterwards.
+    fn probe(&mut self, place: Place, size: u32, write: bool, live: u32) -> Mem {
+        self.ahead = self.ahead.saturating_sub(1);
+        let spot = self.spot(place, size, write);
+        if let (Some(s), Some(g)) = (spot, self.group) {
+            if g.covers(&s) {
+                return Mem { base: S2, index: None, disp: (s.disp + g.shift - g.low) as i32 };
+            }
+        }
+        let start = spot.filter(|_| self.group.is_none()).and_then(|s| self.gather(s));
+        if self.flags == Flags::Host && live != 0 && (self.ahead + 1 >= MANY_ACCESSES || self.group.is_some()) {
             self.flags_to_lazy();
         }
         let keep = self.flags == Flags::Host && live != 0;
         if self.flags == Flags::Host && live == 0 {
             self.flags = Flags::Dead;
         }
-        self.ahead = self.ahead.saturating_sub(1);
         self.probed = true;
+        match start {
+            None => {
+                self.check(place, (0, size.into()), write, keep, false);
+                Mem { base: S0, index: Some(S1), disp: 0 }
+            }
+            Some(g) => {
+                let s = spot.unwrap();
+                self.check(place, (g.low - s.disp, g.span), g.write, keep, true);
+                self.a.lea(true, S2, Some(S0), Some((S1, 1)), 0);
+                self.group = Some(g);
+                // Where the whole does not fit, go on with a version of the rest
+                // that probes one by one.
+                self.a.section(Section::Cold);
+                if self.flags == Flags::Lazy && live != 0 {
+                    self.a.mov(S0, RAX);
+                    self.a.load32(RAX, at::LAZY);
+                    self.a.sahf_of();
+                    self.a.mov(RAX, S0);
+                }
+                let target = self.items[self.now].insn.ip();
+                let stub = Label(Section::Cold, self.a.here().1 + 5);
+                self.a.jmp(stub);
+                self.site_stub(Label(Section::Cold, stub.1 - 4), stub, target, true);
+                self.a.section(Section::Hot);
+                Mem { base: S2, index: None, disp: (s.disp - g.low) as i32 }
+            }
+        }
+    }
+
+    /// Emit the check that `span` bytes from `place + from` can be accessed;
+    /// leaves their host address as r8 + r9. With a span of a group, cold code
+    /// falls through where that is not so.
+    fn check(&mut self, place: Place, (from, span): (i64, i64), write: bool, keep: bool, grouped: bool) {
         let tag = if write { TAG_W } else { TAG_R };
         let retry = self.a.here();
-        let slot = self.locate(place).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
+        let slot = self.locate(place, from).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
         if slot.is_none() {
             self.a.rorx(S1, S0, 12);
             self.a.movzx16(S1, S1);
@@ -527,7 +713,7 @@ impl Unit<'_> {
             self.a.lea(true, S0, Some(S0), Some((S2, 1)), 0);
             self.host_page(slot);
             self.a.mov(S2, RCX);
-            self.a.lea(true, RCX, Some(S0), None, size as i32 - 1);
+            self.a.lea(true, RCX, Some(S0), None, span as i32 - 1);
             self.a.pext_gs(RCX, RCX, at::PAGES);
             let hit = self.a.jrcxz();
             self.a.jmp(cold);
@@ -538,7 +724,7 @@ impl Unit<'_> {
                 Some(n) => self.a.add_gs(S0, tag + n),
                 None => self.a.add_indexed(S0, S1, tag),
             }
-            self.a.cmp_imm(S0, 4096 - size as i32);
+            self.a.cmp_imm(S0, 4096 - span as i32);
             self.a.jcc(7, cold);
             self.host_page(slot);
         }
@@ -547,11 +733,95 @@ impl Unit<'_> {
         if keep {
             self.a.mov(RCX, S2);
         }
-        self.locate(place);
-        self.a.mov_imm(S1, u64::from(size | if write { INFO_WRITE } else { 0 }));
-        self.a.call_abs(if keep { self.v.stubs.miss_flags } else { self.v.stubs.miss });
+        self.locate(place, from);
+        self.a.mov_imm(S1, span as u64 | if write { u64::from(INFO_WRITE) } else { 0 });
+        let stubs = self.v.stubs;
+        self.a.call_abs(match (grouped, keep) {
+            (false, false) => stubs.miss,
+            (false, true) => stubs.miss_flags,
+            (true, false) => stubs.miss_group,
+            (true, true) => stubs.miss_group_flags,
+        });
         self.a.jmp(retry);
         self.a.section(Section::Hot);
+    }
+
+    /// The access as base, index and displacement, if it has that form.
+    fn spot(&self, place: Place, size: u32, write: bool) -> Option<Spot> {
+        if self.bits != 64 || self.bounce || self.mode & mode::ALONE != 0 {
+            return None;
+        }
+        let size = i64::from(size);
+        Some(match place {
+            Place::Stack(below) => Spot { base: Some(4), index: None, disp: -i64::from(below), size, write },
+            Place::Frame => Spot { base: Some(5), index: None, disp: 0, size, write },
+            Place::Operand(i) => {
+                let (base, index) = (i.memory_base(), i.memory_index());
+                if i.is_ip_rel_memory_operand()
+                    || matches!(i.memory_segment(), Register::FS | Register::GS)
+                    || base == Register::None
+                    || !base.is_gpr64()
+                    || index != Register::None && !index.is_gpr64()
+                {
+                    return None;
+                }
+                let index = gpr_number(index).map(|g| (g.0, i.memory_index_scale() as u8));
+                let disp = i.memory_displacement64() as i64;
+                Spot { base: gpr_number(base).map(|g| g.0), index, disp, size, write }
+            }
+            Place::Bits(_) => return None,
+        })
+    }
+
+    /// What the instructions from here on access off the same base; None if
+    /// nothing joins `first`.
+    fn gather(&self, first: Spot) -> Option<Group> {
+        let (mut low, mut high, mut count, mut write) = (first.disp, first.disp + first.size, 0, first.write);
+        let mut g = Group { base: first.base, index: first.index, low: 0, span: 0, shift: 0, write: false };
+        for (n, item) in self.items[self.now..].iter().take(REACH).enumerate() {
+            let i = &item.insn;
+            if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
+                break;
+            }
+            for s in self.spots(item).into_iter().flatten() {
+                if s.base != first.base || s.index != first.index {
+                    continue;
+                }
+                let at = s.disp + g.shift;
+                let (l, h) = (low.min(at), high.max(at + s.size));
+                if h - l > SPAN {
+                    continue;
+                }
+                (low, high, write) = (l, h, write || s.write);
+                count += 1;
+            }
+            let _ = n;
+            if i.flow_control() != FlowControl::Next || !g.step(item) {
+                break;
+            }
+        }
+        (count >= 2).then_some(Group { low, span: high - low, shift: 0, write, ..g })
+    }
+
+    /// The accesses of one instruction, in order.
+    fn spots(&self, item: &Item) -> [Option<Spot>; 2] {
+        let i = &item.insn;
+        let word = 8;
+        let explicit = if item.access == OpAccess::None || crate::interp::bit_string(i) {
+            None
+        } else {
+            let size = i.memory_size().size() as u32;
+            (size > 0 && size <= 64).then(|| self.spot(Place::Operand(i), size, writes(item.access))).flatten()
+        };
+        let stack = match i.mnemonic() {
+            M::Push => self.spot(Place::Stack(i32::from(self.stack_size(i))), self.stack_size(i).into(), true),
+            M::Call => self.spot(Place::Stack(word), 8, true),
+            M::Pop => self.spot(Place::Stack(0), self.stack_size(i).into(), false),
+            M::Ret => self.spot(Place::Stack(0), 8, false),
+            M::Leave => self.spot(Place::Frame, 8, false),
+            _ => None,
+        };
+        [explicit, stack]
     }
 
     fn host_page(&mut self, slot: Option<u32>) {
@@ -574,26 +844,27 @@ impl Unit<'_> {
         self.a.lea(self.wide(), GSP, Some(GSP), None, by);
     }
 
-    /// Push the value that `put` stores to `[r8 + r9]`; it may use r10.
-    fn push_with(&mut self, size: u8, live: u32, put: impl FnOnce(&mut Self)) {
-        self.probe(Place::Stack(size.into()), size.into(), true, live);
-        put(self);
+    /// Push what `put` stores.
+    fn push_with(&mut self, size: u8, live: u32, put: impl FnOnce(&mut Self, Mem)) {
+        let m = self.probe(Place::Stack(size.into()), size.into(), true, live);
+        put(self, m);
         self.move_stack(-i32::from(size));
     }
 
     /// Pop into r8, without moving the stack pointer.
     fn pop_to_s0(&mut self, size: u8, live: u32) {
-        self.probe(Place::Stack(0), size.into(), false, live);
-        self.a.load_mem(size, S0, S0, S1);
+        let m = self.probe(Place::Stack(0), size.into(), false, live);
+        self.a.load_mem(size, S0, m);
     }
 
     fn push_const(&mut self, size: u8, v: u64, live: u32) {
-        self.push_with(size, live, |u| {
+        self.push_with(size, live, |u, m| {
             if size < 8 || i32::try_from(v as i64).is_ok() {
-                u.a.store_mem_imm(size, S0, S1, v as i32);
+                u.a.store_mem_imm(size, m, v as i32);
             } else {
-                u.a.mov_imm(S2, v);
-                u.a.store_mem(size, S0, S1, S2);
+                let r = u.scratch_beside(m);
+                u.a.mov_imm(r, v);
+                u.a.store_mem(size, m, r);
             }
         });
     }
@@ -603,17 +874,23 @@ impl Unit<'_> {
     /// A jump that can be linked: `hot` writes the jump at a place whose rel32
     /// is the site.
     fn site(&mut self, target: u64) {
-        let far = target & !0xfff != self.rip & !0xfff;
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
         self.a.jmp(cold);
         let Label(s, n) = self.a.here();
-        self.sites.push((Label(s, n - 4), cold, target, far));
-        let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
         self.a.section(Section::Cold);
+        self.site_stub(Label(s, n - 4), cold, target, false);
+        self.a.section(Section::Hot);
+    }
+
+    /// Where the site with its rel32 at `patch` goes while it is not linked;
+    /// `stub` is here.
+    fn site_stub(&mut self, patch: Label, stub: Label, target: u64, alone: bool) {
+        let far = target & !0xfff != self.rip & !0xfff;
+        self.sites.push((patch, stub, target, far, alone));
+        let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
         self.a.mov_imm(S0, target);
         self.a.mov_imm(S2, u64::from(id));
         self.a.jmp_abs(self.v.stubs.link);
-        self.a.section(Section::Hot);
     }
 
     /// Go on at a known address; flags are in the host.
@@ -676,6 +953,7 @@ impl Unit<'_> {
 
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
+        self.group = None;
         let id = self.v.helpers.len() as u32;
         self.v.helpers.push(HelperEntry::new(*i));
         self.point(false);
@@ -688,7 +966,7 @@ impl Unit<'_> {
     // --- instructions ----------------------------------------------------------
 
     /// Translate one instruction; true if it ended the block.
-    fn instruction(&mut self, item: &Item, last: bool) -> bool {
+    fn instruction(&mut self, item: &Item) -> bool {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as u16;
         let live_before = item.effect.live_before(item.live_after);
@@ -721,16 +999,17 @@ impl Unit<'_> {
                 let size = self.stack_size(i);
                 self.load_operand(i, live_before, size);
                 self.a.store(at::TMP, S0);
-                self.push_with(size, live_before, |u| {
-                    u.a.load(S2, at::TMP);
-                    u.a.store_mem(size, S0, S1, S2);
+                self.push_with(size, live_before, |u, m| {
+                    let r = u.scratch_beside(m);
+                    u.a.load(r, at::TMP);
+                    u.a.store_mem(size, m, r);
                 });
             }
             M::Pop if i.op0_kind() == OpKind::Register => self.pop(i, live_before),
             M::Leave => {
                 let size = (self.bits / 8) as u8;
-                self.probe(Place::Frame, u32::from(size), false, live_before);
-                self.a.load_mem(size, S0, S0, S1);
+                let m = self.probe(Place::Frame, u32::from(size), false, live_before);
+                self.a.load_mem(size, S0, m);
                 self.a.lea(self.wide(), GSP, Some(5), None, i32::from(size));
                 self.a.mov(5, S0);
             }
@@ -786,7 +1065,7 @@ impl Unit<'_> {
                     self.a.store(at::gpr(to), h);
                 }
             }
-            _ => self.generic(item, last),
+            _ => self.generic(item),
         }
         false
     }
@@ -796,9 +1075,13 @@ impl Unit<'_> {
         match i.op0_kind() {
             OpKind::Register => {
                 let (n, _) = gpr_number(i.op0_register()).unwrap();
-                self.push_with(size, live, |u| {
-                    let r = u.use_gpr(n, S2);
-                    u.a.store_mem(size, S0, S1, r);
+                self.push_with(size, live, |u, m| {
+                    let r = pinned(n).unwrap_or_else(|| {
+                        let r = u.scratch_beside(m);
+                        u.a.load(r, at::gpr(n));
+                        r
+                    });
+                    u.a.store_mem(size, m, r);
                 });
             }
             _ => {
@@ -878,8 +1161,8 @@ impl Unit<'_> {
 
     /// Load the memory operand, `size` bytes, into r8.
     fn load_operand(&mut self, i: &Instruction, live: u32, size: u8) {
-        self.probe(Place::Operand(i), u32::from(size), false, live);
-        self.a.load_mem(size, S0, S0, S1);
+        let m = self.probe(Place::Operand(i), u32::from(size), false, live);
+        self.a.load_mem(size, S0, m);
     }
 
     fn branch(&mut self, i: &Instruction, live: u32) {
@@ -964,12 +1247,8 @@ impl Unit<'_> {
         self.a.jcc(cc, cold);
         let Label(s, n) = self.a.here();
         if same || self.mode & mode::USER == 0 {
-            self.sites.push((Label(s, n - 4), cold, target, !same));
-            let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
             self.a.section(Section::Cold);
-            self.a.mov_imm(S0, target);
-            self.a.mov_imm(S2, u64::from(id));
-            self.a.jmp_abs(self.v.stubs.link);
+            self.site_stub(Label(s, n - 4), cold, target, false);
         } else {
             self.a.section(Section::Cold);
             self.a.mov_imm(S0, target);
@@ -1015,7 +1294,7 @@ impl Unit<'_> {
 
     /// Copy the instruction with its registers renamed and its memory operand
     /// behind a probe.
-    fn generic(&mut self, item: &Item, _last: bool) {
+    fn generic(&mut self, item: &Item) {
         let i = &item.insn;
         let bytes = &self.bytes[item.at..item.at + i.len()];
         let live_before = item.effect.live_before(item.live_after);
@@ -1037,23 +1316,23 @@ impl Unit<'_> {
         if has_mem && self.bounce {
             self.a.load(S0, at::TMP);
             self.a.mov_imm(S1, 0);
-            to.mem = Some((S0, Some(S1)));
+            to.mem = Some(Mem { base: S0, index: Some(S1), disp: 0 });
         } else if has_mem {
             let size = i.memory_size().size() as u32;
-            let access = self.memory_access(i);
+            let access = item.access;
             if size == 0 || size > 64 || access == OpAccess::None || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
                 return self.helper(i);
             }
             let place = if bit_string {
-                if i.op1_register().size() == 2 {
+                // Short addresses wrap with the offset added.
+                if i.op1_register().size() == 2 || 8 * crate::interp::address_size(i) < self.bits as usize {
                     return self.helper(i);
                 }
                 Place::Bits(i)
             } else {
                 Place::Operand(i)
             };
-            self.probe(place, size, writes(access), live_before);
-            to.mem = Some((S0, Some(S1)));
+            to.mem = Some(self.probe(place, size, writes(access), live_before));
         }
         if let Some(n) = high {
             let extended = (0..i.op_count())
@@ -1067,12 +1346,17 @@ impl Unit<'_> {
         }
         let needs_flags = item.effect.reads
             | if item.effect.writes != 0 { item.live_after & !item.effect.kills } else { 0 };
-        if needs_flags != 0 {
-            self.flags_to_host(S2, needs_flags);
+        if needs_flags != 0 && self.flags != Flags::Host {
+            let r = to.mem.map_or(S0, |m| self.scratch_beside(m));
+            self.flags_to_host(r, needs_flags);
         }
         // Registers kept in memory, through scratch ones.
         let fields = [s.reg, s.rm, s.vvvv, s.opcode];
-        let mut free: &[u8] = if has_mem { &[S2] } else { &[S0, S1, S2] };
+        let mut free: &[u8] = match to.mem {
+            Some(m) if m.base == S2 => &[S0, S1],
+            Some(_) => &[S2],
+            None => &[S0, S1, S2],
+        };
         let mut taken: [(u8, u8, bool); 4] = [(255, 0, false); 4];
         let mut count = 0;
         let mut spilled = fields
@@ -1082,10 +1366,11 @@ impl Unit<'_> {
             .filter(|g| !g.1 && pinned(g.0).is_none())
             .map(|g| g.0);
         let (first, second) = (spilled.next(), spilled.next());
-        if has_mem && first.is_some() && second.is_some() && first != second {
+        let two = first.is_some() && second.is_some() && first != second;
+        if let Some(m) = to.mem.filter(|m| m.base == S0 && two) {
             // Two of them beside a memory operand: fold the address into one register.
-            self.a.lea(true, S0, Some(S0), Some((S1, 1)), 0);
-            to.mem = Some((S0, None));
+            self.a.lea(true, S0, Some(S0), m.index.map(|x| (x, 1)), 0);
+            to.mem = Some(Mem { base: S0, index: None, disp: 0 });
             free = &[S1, S2];
         }
         for (slot, &f) in fields.iter().enumerate() {
@@ -1096,8 +1381,7 @@ impl Unit<'_> {
             let Some((n, high_byte)) = gpr_number(reg) else { continue };
             let host = if high_byte {
                 if copy {
-                    let h = free[0];
-                    free = &free[1..];
+                    let h = self.take(&mut free);
                     self.a.rorx(h, n, 8);
                     h
                 } else if swap.is_some() {
@@ -1110,8 +1394,7 @@ impl Unit<'_> {
             } else if let Some(t) = taken[..count].iter().find(|t| t.0 == n) {
                 t.1
             } else {
-                let h = free[0];
-                free = &free[1..];
+                let h = self.take(&mut free);
                 let (reads_it, writes_it) = self.operand_access(i, n);
                 if reads_it || reg.size() < 4 {
                     self.a.load(h, at::gpr(n));
@@ -1133,6 +1416,7 @@ impl Unit<'_> {
         if bit_string {
             // The address already holds the upper bits of the offset.
             let from = to.reg.unwrap_or_else(|| gpr_number(i.op1_register()).unwrap().0);
+            self.take_s2();
             self.a.pext_gs(S2, from, if i.op1_register().size() == 8 { at::MASK63 } else { at::MASK31 });
             to.reg = Some(S2);
         }
@@ -1160,29 +1444,17 @@ impl Unit<'_> {
     fn moffs(&mut self, i: &Instruction, live: u32) {
         let size = i.memory_size().size() as u8;
         let load = i.op0_kind() == OpKind::Register;
-        self.probe(Place::Operand(i), u32::from(size), !load, live);
-        if size == 2 {
-            self.a.b(&[0x66]);
+        let m = self.probe(Place::Operand(i), u32::from(size), !load, live);
+        if !load {
+            self.a.store_mem(size, m, RAX);
+        } else if size >= 4 {
+            self.a.load_mem(size, RAX, m);
+        } else {
+            // Narrow loads keep the rest of rax.
+            let op = Renamed { mem: Some(m), ..Default::default() };
+            let bytes: &[u8] = if size == 2 { &[0x66, 0x8b, 0x00] } else { &[0x8a, 0x00] };
+            encode(&Parts::new(bytes, 64).unwrap(), bytes, &op, self.a.buf());
         }
-        let op = match (load, size) {
-            (true, 1) => 0x8a,
-            (true, _) => 0x8b,
-            (false, 1) => 0x88,
-            (false, _) => 0x89,
-        };
-        // [r8 + r9]
-        self.a.b(&[if size == 8 { 0x4b } else { 0x43 }, op, 0x04, 0x08]);
-    }
-
-    /// How an instruction uses its memory operand.
-    fn memory_access(&mut self, i: &Instruction) -> OpAccess {
-        let info = self.info.info(i);
-        for n in 0..i.op_count() {
-            if i.op_kind(n) == OpKind::Memory {
-                return info.op_access(n);
-            }
-        }
-        OpAccess::None
     }
 
     /// Whether the explicit operands naming guest register `n` are read, written.
@@ -1205,7 +1477,8 @@ impl Unit<'_> {
     fn bit_address(&mut self, i: &Instruction) {
         let n = gpr_number(i.op1_register()).map_or(0, |g| g.0);
         let size = i.op1_register().size();
-        self.address(i);
+        self.take_s2();
+        self.address(i, 0);
         let r = self.use_gpr(n, S1);
         // r9 = sign-extended offset, shifted without flags: sarx needs a count
         // register, so r10 holds it.

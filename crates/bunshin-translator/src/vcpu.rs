@@ -9,7 +9,7 @@ use crate::stubs::Stubs;
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
-use iced_x86::Instruction;
+use iced_x86::{Instruction, Mnemonic as M};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -31,6 +31,9 @@ pub mod mode {
     pub const UMIP: u32 = 32;
     /// CR4.TSD is set.
     pub const TSD: u32 = 64;
+
+    /// The version of a block in which no accesses share a probe.
+    pub const ALONE: u32 = 128;
 
     /// Operand size of the code segment.
     pub fn bits(m: u32) -> u32 {
@@ -185,6 +188,8 @@ pub struct Vcpu {
     pub bytes: [u8; 15],
     /// A kick came while a snippet ran.
     pub again: bool,
+    /// XSAVE components that the last exit found in use.
+    pub saved: u64,
     /// CLOCK_MONOTONIC at which the guest's system time is zero.
     pub boot_ns: u64,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
@@ -257,6 +262,7 @@ impl Vcpu {
             fatal: None,
             bytes: [0; 15],
             again: false,
+            saved: u64::MAX,
             boot_ns: clock::now_ns(),
             doorbells: Arc::default(),
             timer: signals::Timer::default(),
@@ -392,7 +398,7 @@ impl Vcpu {
                 continue;
             }
             let rip = self.cpu().rip;
-            let id = match self.find_block(rip) {
+            let id = match self.find_block(rip, false) {
                 Some(id) => id,
                 None => match self.translate_here(rip, NO_SITE) {
                     Some(id) => id,
@@ -411,11 +417,12 @@ impl Vcpu {
 
     fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
         let mut site = site;
+        let alone = self.is_alone(site);
         if self.cache.room() < ROOM {
             self.flush_code();
             site = NO_SITE;
         }
-        match self.translate(rip) {
+        match self.translate(rip, alone) {
             Ok(id) => {
                 if site != NO_SITE {
                     self.link_to(site, id);
@@ -432,11 +439,7 @@ impl Vcpu {
     /// Run translated code from `cpu.resume` until something needs the loop.
     fn enter(&mut self) -> Option<Exit> {
         loop {
-            // SAFETY: the stub keeps the C ABI; `cpu.resume` is code in the cache.
-            unsafe {
-                let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
-                enter(self.cpu);
-            }
+            self.run_code();
             let (code, arg) = (self.cpu().exit, self.cpu().arg);
             match code {
                 exit::TRANSLATE => {
@@ -444,7 +447,8 @@ impl Vcpu {
                     if self.cpu().pending.load(Ordering::Relaxed) != 0 || self.cpu().eflags & TF != 0 {
                         return None;
                     }
-                    let id = match self.find_block(rip) {
+                    let alone = self.is_alone(arg);
+                    let id = match self.find_block(rip, alone) {
                         Some(id) => id,
                         None => self.translate_here(rip, arg)?,
                     };
@@ -456,12 +460,14 @@ impl Vcpu {
                         (h.insn, h.helper)
                     };
                     let resume = self.cpu().host_pc;
+                    let killed = self.counters.killed;
                     match self.perform(&insn, helper) {
                         Ok(true) => {
                             if !self.outbox.is_empty() || self.cpu().halted != 0 {
                                 return self.outbox.pop_front();
                             }
-                            if self.cpu().pending.load(Ordering::Relaxed) != 0 {
+                            // The instruction may have written over what follows it.
+                            if self.cpu().pending.load(Ordering::Relaxed) != 0 || self.counters.killed != killed {
                                 return None;
                             }
                             self.cpu_mut().resume = resume;
@@ -544,8 +550,9 @@ impl Vcpu {
                 if flow == Flow::Next {
                     self.cpu_mut().rip = insn.next_ip();
                 }
-                // An instruction that clears TF (POPF, INT n) does not trap.
-                if traced != 0 && self.cpu().eflags & TF != 0 {
+                // INT n and SYSCALL clear TF and do not trap; POPF and IRET do.
+                let restores = matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
+                if traced != 0 && (restores || self.cpu().eflags & TF != 0) {
                     self.cpu_mut().dr[6] |= 1 << 14;
                     self.deliver(Exception::new(crate::mmu::DB));
                     return Ok(false);

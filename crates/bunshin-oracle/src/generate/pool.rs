@@ -129,6 +129,10 @@ fn class(code: Code) -> Class {
 fn denied(code: Code, choice: &super::Choice) -> bool {
     use Mnemonic as M;
     let info = code.op_code();
+    // Reads two bytes on Intel's processors, four on AMD's.
+    if code == Code::Movsxd_r16_rm16 {
+        return true;
+    }
     // Branches are made by hand, see `branches`.
     // FSTSW and the like are WAIT and another instruction.
     if code.flow_control() != FlowControl::Next || info.fwait() {

@@ -464,22 +464,24 @@ pub fn transfer(v: &mut Vcpu, i: &Instruction) -> Done {
             if n == 2 {
                 to &= 0xffff;
             }
+            v.reachable(to)?;
             if i.mnemonic() == M::Call {
                 v.push(n, i.next_ip())?;
             }
-            v.jump(to)?;
+            v.cpu_mut().rip = to;
         }
         (M::Ret, _) => {
             let n = i.code().op_code().operand_size() as usize / 8;
             let n = if n == 0 { v.operand_bytes(i) } else { n };
             let to = v.peek(0, n)?;
+            v.reachable(to)?;
             v.drop_stack(n as u64 + if i.op_count() > 0 { i.immediate16().into() } else { 0 });
-            v.jump(to)?;
+            v.cpu_mut().rip = to;
         }
         _ => {
             // RETF
-            let off = v.peek(0, n)?;
             let sel = v.peek(n as u64, n)? as u16;
+            let off = v.peek(0, n)?;
             let extra = if i.op_count() > 0 { u64::from(i.immediate16()) } else { 0 };
             if v.real_mode() {
                 v.drop_stack(2 * n as u64 + extra);
@@ -503,11 +505,11 @@ pub fn transfer(v: &mut Vcpu, i: &Instruction) -> Done {
 }
 
 impl Vcpu {
-    fn jump(&mut self, to: u64) -> Result<(), Trap> {
+    /// A near branch may go to `to`.
+    fn reachable(&self, to: u64) -> Result<(), Trap> {
         if self.cpu().code64() && !canonical(to) {
             return Err(Exception::gp().into());
         }
-        self.cpu_mut().rip = to;
         Ok(())
     }
 }

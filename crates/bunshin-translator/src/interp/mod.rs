@@ -44,6 +44,15 @@ pub fn bit_string(i: &Instruction) -> bool {
         && i.op1_kind() == OpKind::Register
 }
 
+/// Bytes of the address of the explicit memory operand.
+pub fn address_size(i: &Instruction) -> usize {
+    match (i.memory_base(), i.memory_index()) {
+        (Register::None, x) if x.is_gpr() => x.size(),
+        (Register::None, _) => i.memory_displ_size() as usize,
+        (b, _) => b.size(),
+    }
+}
+
 fn is_sreg(i: &Instruction) -> bool {
     (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_segment_register())
 }
@@ -298,35 +307,21 @@ impl Vcpu {
 
     /// Linear address of the explicit memory operand.
     pub fn operand_address(&self, i: &Instruction) -> u64 {
-        let seg = Self::segment_index(i.memory_segment());
-        let base = i.memory_base();
-        let index = i.memory_index();
-        let disp = i.memory_displacement64();
-        let off = if i.is_ip_rel_memory_operand() || base == Register::None && index == Register::None {
-            disp
-        } else {
-            let b = if base == Register::None { 0 } else { self.reg(base) };
-            let x = if index == Register::None || !index.is_gpr() {
-                0
-            } else {
-                self.reg(index).wrapping_mul(u64::from(i.memory_index_scale()))
-            };
-            let v = b.wrapping_add(x).wrapping_add(disp);
-            let size = if base != Register::None {
-                base.size()
-            } else if index.is_gpr() {
-                index.size()
-            } else {
-                8
-            };
-            match size {
-                2 => v & 0xffff,
-                4 => v & 0xffff_ffff,
-                _ => v,
-            }
+        self.operand_behind(i, 0)
+    }
+
+    /// Linear address `extra` bytes behind that of the explicit memory operand.
+    pub fn operand_behind(&self, i: &Instruction, extra: u64) -> u64 {
+        let value = |r: Register| if r.is_gpr() { self.reg(r) } else { 0 };
+        let scaled = value(i.memory_index()).wrapping_mul(u64::from(i.memory_index_scale()));
+        let off = i.memory_displacement64().wrapping_add(value(i.memory_base())).wrapping_add(scaled).wrapping_add(extra);
+        let off = match address_size(i) {
+            2 => off & 0xffff,
+            4 => off & 0xffff_ffff,
+            _ => off,
         };
         let off = if self.cpu().code64() { off } else { off & 0xffff_ffff };
-        self.linear(seg, off)
+        self.linear(Self::segment_index(i.memory_segment()), off)
     }
 
     /// An operand that runs into the non-canonical hole faults before its pages do.

@@ -326,7 +326,7 @@ pub fn inc_dec(v: &mut Vcpu, i: &Instruction) -> Done {
     let r = i.op0_register();
     let x = v.reg(r);
     let bits = 8 * r.size() as u32;
-    let mask = (1u64 << bits) - 1;
+    let mask = u64::MAX >> (64 - bits);
     let inc = i.mnemonic() == M::Inc;
     let y = if inc { x.wrapping_add(1) } else { x.wrapping_sub(1) } & mask;
     let sign = 1 << (bits - 1);

@@ -3,7 +3,7 @@
 //! Repeated ones run page by page and leave registers exact at every stop, so
 //! faults, device pages and events can interrupt them anywhere.
 use super::{Done, Flow};
-use crate::cpu::{AF, CF, OF, PF, SF, ZF};
+use crate::cpu::{AF, CF, OF, PF, SF, TF, ZF};
 use crate::mmu::{Kind, Trap};
 use crate::vcpu::Vcpu;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
@@ -150,12 +150,13 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
         one(v, i, &o)?;
         return Ok(Flow::Next);
     }
+    let traced = v.cpu().eflags & TF != 0;
     loop {
         let left = v.reg(o.counter);
         if left == 0 {
             return Ok(Flow::Next);
         }
-        let done = match bulk(v, i, &o, left)? {
+        let done = match bulk(v, i, &o, if traced { 1 } else { left })? {
             0 => {
                 let stop = one(v, i, &o)?;
                 let c = v.reg(o.counter).wrapping_sub(1);
@@ -174,7 +175,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
             return Ok(Flow::Next);
         }
         // Device accesses of one step leave before the next step.
-        if !v.outbox.is_empty() || !v.answers.is_empty() || v.cpu().pending.load(Ordering::Relaxed) != 0 {
+        if traced || !v.outbox.is_empty() || !v.answers.is_empty() || v.cpu().pending.load(Ordering::Relaxed) != 0 {
             v.cpu_mut().rip = i.ip();
             return Ok(Flow::Jump);
         }
@@ -250,14 +251,16 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
             advance(v, o, SI, size);
         }
         m => {
+            let two = matches!(m, M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
+            // Which address faults first shows in CR2; so do AMD's processors.
+            if m != M::Cmpsb || !i.has_rep_prefix() {
+                v.check(to, o.size, Kind::Read, who)?;
+            }
+            let a = if two { v.load(from, o.size, who)? } else { v.reg(acc) };
             let b = v.load(to, o.size, who)?;
-            let a = if matches!(m, M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq) {
-                let a = v.load(from, o.size, who)?;
+            if two {
                 advance(v, o, SI, size);
-                a
-            } else {
-                v.reg(acc)
-            };
+            }
             advance(v, o, DI, size);
             let f = sub_flags(a, b, o.size);
             v.cpu_mut().set_arith(f);
