@@ -1,0 +1,209 @@
+"""`bunshin run`: boot a machine and connect its console to this terminal."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from . import complain, status
+from .attend import QUIT, READER_GONE, TERMINAL_CLOSED, TIMEOUT, Output, Waker, attend
+from .options import Option, UsageError, Values, Verb, count, seconds
+from .terminal import Terminal
+
+if TYPE_CHECKING:
+    from bunshin import Machine
+
+LAST_WORDS = 0.2
+"""Seconds that a slow reader gets for output that is left when bunshin ends the machine."""
+ENGINES = {"tcg": "translator"}
+"""QEMU's words for what we call otherwise."""
+
+VERB = Verb(
+    "run",
+    "Boot a machine and connect its serial console to this terminal. IMAGE is a guest that "
+    "bunshin builds itself on first use; the default is 'tiny': Debian's cloud kernel with "
+    "busybox. With --kernel, boot that instead.",
+    operands=("IMAGE",),
+    options=(
+        Option(
+            ("--kernel",),
+            "FILE",
+            "Boot this Linux kernel: a bzImage, or an uncompressed ELF vmlinux.",
+            hidden=("-kernel",),
+        ),
+        Option(("--initrd",), "FILE", "Give the kernel this initramfs.", hidden=("-initrd",)),
+        Option(
+            ("--append",),
+            "TEXT",
+            "The kernel's command line, 'console=ttyS0' unless given; with an IMAGE, words "
+            "added to the image's own.",
+            hidden=("-append",),
+        ),
+        Option(
+            ("--memory", "-m"),
+            "SIZE",
+            "Guest memory, such as 512M or 2G; a plain number is MiB. Default 512M.",
+        ),
+        Option(("--cpus",), "N", "Virtual processors. Default 1.", count, hidden=("-smp",)),
+        Option(
+            ("--engine",),
+            "NAME",
+            "What runs the guest's instructions: 'auto' (the default) or 'translator'.",
+            hidden=("-accel",),
+        ),
+        Option(
+            ("--console",),
+            "WHERE",
+            "The serial console: 'stdio' (the default), 'none', or 'file:PATH'.",
+        ),
+        Option(
+            ("--timeout",),
+            "TIME",
+            "End the machine after this time: seconds, or 90s, 2m, 1h.",
+            seconds,
+        ),
+        Option(("--stats",), None, "At the end, print what the engine did on stderr."),
+    ),
+    notes=f"""\
+The QEMU spellings -kernel, -initrd, -append, -m, -smp and -accel work too.
+
+keys, when stdin is a terminal:
+  Ctrl-A x                 end the machine
+  Ctrl-A h                 show this list
+  Ctrl-A Ctrl-A            send Ctrl-A to the guest
+  everything else, Ctrl-C too, goes to the guest
+The end of piped input does not end the guest.
+
+{status.explain()}""",
+)
+
+
+ENDINGS = {
+    "power-off": status.OK,
+    "panic": status.PANIC,
+    "reset": status.RESET,
+    "triple-fault": status.TRIPLE_FAULT,
+    "failed": status.HOST,
+    "stopped": status.OK,
+}
+
+
+def main(values: Values) -> int:
+    """Run one machine to its end."""
+    arguments = machine_arguments(values)
+    source, target = open_console(values.console or "stdio")
+    waker = Waker()
+    output = Output(target, waker)
+    # Before the machine: the terminal's guard is a fork and must not hold guest RAM.
+    terminal = Terminal(source, target)
+    machine = None
+    try:
+        from bunshin import Machine
+
+        machine = Machine(console=output.put, **arguments)
+        machine.start()
+        if terminal.present:
+            print("Ctrl-A x ends the machine, Ctrl-A h shows help.", file=sys.stderr, flush=True)
+        terminal.enter()
+        reason = attend(Typing(machine), machine.wait, terminal, output, waker, source, values.timeout)
+        output.drain(LAST_WORDS)
+        terminal.restore()
+        end_line(output)
+        code = explain_end(reason, machine, values.timeout)
+        if values.stats:
+            print_stats(machine.stats())
+        return code
+    finally:
+        terminal.close()
+        output.close()
+        if machine is not None:
+            machine.close()
+        waker.close()
+
+
+class Typing:
+    """The guest's serial console as the attending loop sees it."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.write = machine.console.write
+        self._port = machine.board.com1
+
+    @property
+    def pending(self) -> int:
+        """Bytes typed that the guest has not taken yet."""
+        return self._port.waiting
+
+
+def explain_end(reason: str, machine: Machine, timeout: float | None) -> int:
+    """Say why it ended, if that needs a word; return the exit status."""
+    if reason == QUIT:
+        return status.OK
+    if reason == TIMEOUT:
+        complain(f"timeout: the guest still ran after {timeout:g} s")
+        return status.TIMEOUT
+    if reason == READER_GONE:
+        return status.READER_GONE
+    if reason == TERMINAL_CLOSED:
+        return status.HANGUP
+    outcome = machine.wait(0)
+    code = ENDINGS[outcome.kind]
+    if code != status.OK:
+        complain(f"{outcome.kind}: {outcome.detail}")
+    return code
+
+
+def end_line(output: Output) -> None:
+    """Leave the shell's prompt a line of its own."""
+    if output.was_terminal and output.last != b"\n":
+        try:
+            os.write(output.fd, b"\n")
+        except OSError:
+            pass  # the terminal is gone
+
+
+def print_stats(stats: dict[str, int]) -> None:
+    """One `name value` line for each counter, on stderr."""
+    width = max(map(len, stats), default=0)
+    for name, value in sorted(stats.items()):
+        print(f"{name:{width}} {value}", file=sys.stderr)
+
+
+def machine_arguments(values: Values) -> dict[str, Any]:
+    """What `Machine` is built from, as far as it was said."""
+    image = values.operands[0] if values.operands else None
+    if values.kernel is not None and image is not None:
+        raise UsageError(f"choose one: the image {image!r} or --kernel {values.kernel!r}")
+    if values.kernel is None and values.initrd is not None and image is None:
+        raise UsageError("--initrd needs --kernel")
+    engine = values.engine
+    names = ("kernel", "initrd", "append", "memory", "cpus")
+    arguments = {name: getattr(values, name) for name in names}
+    arguments["engine"] = ENGINES.get(engine, engine)
+    arguments["image"] = image or ("tiny" if values.kernel is None else None)
+    if values.kernel is not None and values.append is None:
+        arguments["append"] = "console=ttyS0"
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def open_console(where: str) -> tuple[int | None, int]:
+    """File descriptors of the console: input (None for none) and output."""
+    kind, _, path = where.partition(":")
+    if kind == "file" and path:
+        return None, os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    if where == "none":
+        return None, os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    if where != "stdio":
+        raise UsageError(f"--console: {where!r} is not 'stdio', 'none' or 'file:PATH'")
+    return (
+        0 if _is_open(0) else None,
+        1 if _is_open(1) else os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC),
+    )
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
