@@ -1,0 +1,295 @@
+"""The yardstick on bunshin, on QEMU's translator and on the host, side by side.
+
+    python bench/run.py [--quick] [--only boot|cpu|sys|real] [--runs N] [--json FILE]
+
+The same static program runs natively and as part of one initramfs under the
+same kernel in both guests, in turn within one call (A B C A B C), so that noise
+of the machine hits all alike. Printed are medians over the rounds, corrected
+for processor time that the host gave to others, and ratios: those hold on a
+shared machine, absolute times do not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import payload
+from measure import Figure, Run, run
+
+from bunshin import images
+from bunshin.errors import BunshinError
+
+INTEGER = ["int_mix", "sha256", "quicksort", "rec_str", "interp", "fib_calls", "icall", "div64"]
+SYSTEM = ["syscall", "pipe_rt", "pagefault", "mmap_unmap", "fork_wait", "fork_exec", "signal", "segv"]
+MEANS = {"integer, geometric mean": INTEGER, "system, geometric mean": SYSTEM}
+PLATFORMS = ("native", "bunshin", "qemu")
+GUESTS = ("bunshin", "qemu")
+LIMIT = 1800.0
+"""Seconds after which a run is hung; a boot that does nothing else is sooner."""
+BOOT_LIMIT = 120.0
+
+
+@dataclass
+class Setup:
+    """The guest that all platforms run, and how to start each."""
+
+    kernel: Path
+    base: Path
+    """The initramfs that the yardstick's archive goes behind."""
+    platforms: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def command(self, platform: str, initrd: Path) -> list[str]:
+        """The command line that boots `initrd` and ends with the guest."""
+        if platform == "bunshin":
+            return [
+                *(sys.executable, "-m", "bunshin.cli", "run", "--engine", "translator"),
+                *("--kernel", str(self.kernel), "--initrd", str(initrd)),
+                *("--append", payload.APPEND, "--memory", "512M"),
+            ]
+        return [
+            *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-cpu", "max", "-m", "512"),
+            *(
+                "-nodefaults",
+                "-no-user-config",
+                "-display",
+                "none",
+                "-serial",
+                "stdio",
+                "-no-reboot",
+            ),
+            *("-kernel", str(self.kernel), "-initrd", str(initrd), "-append", payload.APPEND),
+        ]
+
+
+def main() -> int:
+    """Run the sections that were asked for."""
+    options = parse()
+    payload.OUT.mkdir(exist_ok=True)
+    try:
+        setup = prepare(options)
+        results: dict[str, object] = {}
+        for note in setup.notes:
+            print(note)
+        for section in options.only or ["boot", "cpu", "sys", "real"]:
+            print(f"\n== {section} ==", flush=True)
+            if section == "boot":
+                results[section] = boot(setup, options)
+            else:
+                results[section] = compare(setup, section, options)
+    except (payload.Unavailable, BunshinError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    sections = ("boot", "cpu", "sys", "real")
+    parser.add_argument("--only", choices=sections, action="append", help="one section, may be repeated")
+    parser.add_argument("--quick", action="store_true", help="one round, two boots, shorter repetitions")
+    parser.add_argument("--runs", type=int, help="rounds of each section (default 3)")
+    parser.add_argument("--pairs", type=int, help="boots of each guest (default 5)")
+    parser.add_argument("--without", choices=PLATFORMS, action="append", default=[], help="leave one out")
+    parser.add_argument("--kernel", type=Path, help="a bzImage; default: that of the image 'tiny'")
+    parser.add_argument("--initrd", type=Path, help="a busybox initramfs; default: that of 'tiny'")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures")
+    options = parser.parse_args()
+    options.runs = options.runs or (1 if options.quick else 3)
+    options.pairs = options.pairs or (2 if options.quick else 5)
+    return options
+
+
+def prepare(options: argparse.Namespace) -> Setup:
+    kernel, initrd = options.kernel, options.initrd
+    if kernel is None or initrd is None:
+        tiny = images.get("tiny")
+        kernel, initrd = kernel or Path(tiny.kernel), initrd or Path(tiny.initrd)
+    platforms = [platform for platform in PLATFORMS if platform not in options.without]
+    setup = Setup(kernel, initrd, platforms)
+    if "qemu" in platforms and shutil.which("qemu-system-x86_64") is None:
+        platforms.remove("qemu")
+        setup.notes.append("QEMU is not installed (apt-get install qemu-system-x86): no column for it.")
+    return setup
+
+
+# Boot to power-off ---------------------------------------------------------------
+
+
+def boot(setup: Setup, options: argparse.Namespace) -> dict[str, object]:
+    """Boot to an init that powers off at once, the guests in turn."""
+    initrd = payload.initramfs("boot", "", setup.base)
+    guests = [guest for guest in GUESTS if guest in setup.platforms]
+    runs: dict[str, list[Run]] = {guest: [] for guest in guests}
+    for guest in guests:  # once unmeasured: files in the page cache, images unpacked
+        start(setup, guest, initrd, BOOT_LIMIT)
+    for _ in range(options.pairs):
+        for guest in guests:
+            runs[guest].append(start(setup, guest, initrd, BOOT_LIMIT))
+    rows = [["", *guests, *(["bunshin/qemu"] if len(guests) == 2 else [])]]
+    summary: dict[str, object] = {}
+    for name in ("user", "system", "wall", "peak_mib"):
+        medians = [statistics.median(getattr(r, name) for r in runs[guest]) for guest in guests]
+        unit = "" if name == "peak_mib" else " s"
+        label = {"peak_mib": "peak MiB", "user": "user CPU", "system": "system CPU"}.get(name, name)
+        row = [label, *(f"{m:.2f}{unit}" if unit else f"{m:.0f}" for m in medians)]
+        if len(guests) == 2:
+            row.append(f"{medians[0] / medians[1]:.2f}" if medians[1] else "-")
+        rows.append(row)
+        summary[name] = {guest: [round(getattr(r, name), 4) for r in runs[guest]] for guest in guests}
+    print(f"boot to power-off, median of {options.pairs}")
+    table(rows)
+    return summary
+
+
+def start(setup: Setup, guest: str, initrd: Path, limit: float = LIMIT) -> Run:
+    """One guest from start to power-off."""
+    result = run(setup.command(guest, initrd), limit)
+    if result.status != 0 or not result.complete:
+        tail = "\n".join(result.text.splitlines()[-15:])
+        raise payload.Unavailable(f"the {guest} guest did not finish (status {result.status}):\n{tail}")
+    return result
+
+
+# Figures -------------------------------------------------------------------------
+
+
+def compare(setup: Setup, section: str, options: argparse.Namespace) -> dict[str, object]:
+    """One section of the yardstick on every platform, `options.runs` times in turn."""
+    if section == "real":
+        script = payload.REAL_SCRIPT.replace("$PYTHON", payload.REAL_PROGRAMS[-1])
+    else:
+        # `exec`: the processor time that is read must be the benchmark's own.
+        script = f"exec bench -t {0.1 if options.quick else 0.2} -r 3 {section}"
+    guest_script = f"export BENCH_SELF=/bin/bench\n{script.removeprefix('exec ')}\n"
+    initrd = payload.initramfs(section, guest_script, setup.base, real=section == "real")
+    rounds: dict[str, list[Run]] = {platform: [] for platform in setup.platforms}
+    for number in range(options.runs):
+        for platform in setup.platforms:
+            print(
+                f"\r{section}: round {number + 1} of {options.runs}, {platform:8}",
+                end="",
+                file=sys.stderr,
+            )
+            if platform == "native":
+                rounds[platform].append(native(script))
+            else:
+                rounds[platform].append(start(setup, platform, initrd))
+    print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
+    # Natively the system section also waits, which is no sign of a busy host.
+    values = {
+        platform: medians(runs, correct=platform != "native" or section == "cpu")
+        for platform, runs in rounds.items()
+    }
+    report(values)
+    for platform, runs in rounds.items():
+        shares = [figure.share for r in runs for figure in r.figures.values()]
+        print(f"{platform} had {statistics.median(shares):.0%} of a processor (median)")
+    check_sums({platform: runs[0].sums for platform, runs in rounds.items()})
+    return {
+        platform: {name: {"value": value, "unit": unit} for name, (value, unit, _) in figures.items()}
+        for platform, figures in values.items()
+    }
+
+
+def native(script: str) -> Run:
+    """The section's script on the host."""
+    bench = payload.build_bench()
+    with tempfile.TemporaryDirectory(prefix="bunshin-bench-") as folder:
+        prefix = f"PATH={bench.parent}:$PATH; export LC_ALL=C BENCH_SELF={bench}\n"
+        result = run(["sh", "-c", prefix + script], LIMIT, cwd=Path(folder), framed=False)
+    if result.status != 0:
+        raise payload.Unavailable(f"the benchmark failed on the host:\n{result.text}")
+    return result
+
+
+Values = dict[str, tuple[float, str, bool]]
+
+
+def medians(runs: list[Run], correct: bool) -> Values:
+    """Name -> (median over the runs, unit, higher is better)."""
+    result: Values = {}
+    for name in runs[0].figures:
+        found: list[Figure] = [r.figures[name] for r in runs if name in r.figures]
+        value = statistics.median(f.corrected() if correct else f.value for f in found)
+        result[name] = (value, found[0].unit, found[0].rate)
+    return result
+
+
+def report(values: dict[str, Values]) -> None:
+    """Print figures and how many times slower than native each guest is."""
+    platforms = list(values)
+    base = "native" if "native" in values else None
+    slower: dict[str, dict[str, float]] = {platform: {} for platform in platforms}
+    head = ["", "unit"]
+    for platform in platforms:
+        head += [platform] if platform == base or base is None else [platform, "x native"]
+    rows = [head]
+    for name, (_, unit, rate) in values[platforms[0]].items():
+        row = [name, unit]
+        for platform in platforms:
+            found = values[platform].get(name)
+            row.append("-" if found is None else f"{found[0]:.4g}")
+            if base is None or platform == base:
+                continue
+            reference = values[base][name][0]
+            if found is None or not found[0] or not reference:
+                row.append("-")
+                continue
+            ratio = reference / found[0] if rate else found[0] / reference
+            slower[platform][name] = ratio
+            row.append(f"{ratio:.2f}")
+        rows.append(row)
+    for title, names in MEANS.items():
+        if base is None or not all(name in values[base] for name in names):
+            continue
+        row = [title, ""]
+        for platform in platforms:
+            row.append("")
+            if platform != base:
+                have = [slower[platform][name] for name in names if name in slower[platform]]
+                complete = len(have) == len(names)
+                row.append(f"{math.exp(sum(map(math.log, have)) / len(have)):.2f}" if complete else "-")
+        rows.append(row)
+    table(rows)
+
+
+def check_sums(sums: dict[str, dict[str, str]]) -> None:
+    """Say whether all platforms computed the same."""
+    names = {name for found in sums.values() for name in found}
+    for name in sorted(names):
+        found = {platform: got.get(name, "missing") for platform, got in sums.items()}
+        agree = len(set(found.values())) == 1 and "BAD" not in found.values()
+        print(f"checksum {name}: " + ("the same everywhere" if agree else f"DIFFERENT: {found}"))
+
+
+def table(rows: list[list[str]]) -> None:
+    """Print rows in columns, the first one flush left."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())
