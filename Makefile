@@ -66,11 +66,11 @@ distclean: clean  ## Remove .venv too
 
 check-tools:
 	@if ! command -v cargo >/dev/null; then \
-	    echo 'make: cargo is missing. bunshin'"'"'s engine needs Rust 1.80 or later: install rustup' \
+	    echo 'make: cargo is missing. bunshin'"'"'s engine needs Rust 1.82 or later: install rustup' \
 	         '(https://rustup.rs) or your distribution'"'"'s cargo package, and try again.' >&2; exit 1; fi
 	@v=$$(cargo --version | sed -E 's/^cargo ([0-9]+)\.([0-9]+).*/\1 \2/'); set -- $$v; \
-	if [ "$$1" -lt 1 ] || { [ "$$1" -eq 1 ] && [ "$$2" -lt 80 ]; }; then \
-	    echo "make: this cargo is $$1.$$2; bunshin's engine needs Rust 1.80 or later (rustup brings it)." >&2; exit 1; fi
+	if [ "$$1" -lt 1 ] || { [ "$$1" -eq 1 ] && [ "$$2" -lt 82 ]; }; then \
+	    echo "make: this cargo is $$1.$$2; bunshin's engine needs Rust 1.82 or later (rustup brings it)." >&2; exit 1; fi
 	@if ! command -v cc >/dev/null; then \
 	    echo 'make: a C compiler is missing (Rust links with it): apt-get install gcc, and try again.' >&2; exit 1; fi
 

@@ -120,7 +120,14 @@ impl GuestMemory {
     }
 
     /// Map `length` bytes of `region`, from `offset`, at `gpa`.
-    pub fn map(&self, gpa: u64, region: &Arc<Region>, offset: u64, length: u64, readonly: bool) -> Result<()> {
+    pub fn map(
+        &self,
+        gpa: u64,
+        region: &Arc<Region>,
+        offset: u64,
+        length: u64,
+        readonly: bool,
+    ) -> Result<()> {
         let bad = |why: &str| {
             EngineError::new("memory-map", format!("mapping {length:#x} bytes at gpa {gpa:#x}: {why}"))
         };
@@ -170,7 +177,9 @@ impl GuestMemory {
     pub fn read(&self, gpa: u64, into: &mut [u8]) -> bool {
         let into_ptr = into.as_mut_ptr();
         // SAFETY: `each` yields ranges inside slots and inside `into`.
-        self.each(gpa, into.len(), |host, at, n| unsafe { std::ptr::copy_nonoverlapping(host, into_ptr.add(at), n) })
+        self.each(gpa, into.len(), |host, at, n| unsafe {
+            std::ptr::copy_nonoverlapping(host, into_ptr.add(at), n)
+        })
     }
 
     /// Copy into guest-physical memory (ROM included); false when part of it
@@ -178,7 +187,9 @@ impl GuestMemory {
     /// translations of changed code are dropped.
     pub fn write(&self, gpa: u64, from: &[u8]) -> bool {
         // SAFETY: as in `read`.
-        self.each(gpa, from.len(), |host, at, n| unsafe { std::ptr::copy_nonoverlapping(from.as_ptr().add(at), host, n) })
+        self.each(gpa, from.len(), |host, at, n| unsafe {
+            std::ptr::copy_nonoverlapping(from.as_ptr().add(at), host, n)
+        })
     }
 }
 

@@ -152,11 +152,6 @@ impl Asm {
         self.fix(Target::Label(l));
     }
 
-    pub fn jcc_abs(&mut self, cc: u8, a: u64) {
-        self.b(&[0x0f, 0x80 | cc]);
-        self.fix(Target::Absolute(a));
-    }
-
     /// `jrcxz` forward; patch with [`Asm::land`].
     pub fn jrcxz(&mut self) -> usize {
         self.b(&[0xe3, 0]);
@@ -238,11 +233,6 @@ impl Asm {
         self.b(&[v]);
     }
 
-    /// `inc qword gs:[off]` (changes flags)
-    pub fn count(&mut self, off: u32) {
-        self.gs(true, &[0xff], 0, off);
-    }
-
     /// `call gs:[off]`
     pub fn call_gs(&mut self, off: u32) {
         self.gs(false, &[0xff], 2, off);
@@ -266,10 +256,6 @@ impl Asm {
 
     pub fn add_indexed(&mut self, reg: u8, index: u8, off: u32) {
         self.gs_indexed(0x03, reg, index, off);
-    }
-
-    pub fn sub_indexed(&mut self, reg: u8, index: u8, off: u32) {
-        self.gs_indexed(0x2b, reg, index, off);
     }
 
     pub fn add_gs(&mut self, reg: u8, off: u32) {
@@ -349,7 +335,10 @@ impl Asm {
     }
 
     fn rex_mem(wide: bool, reg: u8, m: Mem) -> u8 {
-        0x40 | if wide { 8 } else { 0 } | ((reg >> 3) << 2) | (m.index.map_or(0, |i| i >> 3) << 1) | (m.base >> 3)
+        0x40 | if wide { 8 } else { 0 }
+            | ((reg >> 3) << 2)
+            | (m.index.map_or(0, |i| i >> 3) << 1)
+            | (m.base >> 3)
     }
 
     fn address_mem(&mut self, reg: u8, m: Mem) {
@@ -401,11 +390,6 @@ impl Asm {
         let r = if to >= 8 { 0 } else { 0x80 };
         self.b(&[0x65, 0xc4, r | 0x62, 0x82 | ((!from & 15) << 3), 0xf5, ((to & 7) << 3) | 4, 0x25]);
         self.d(off);
-    }
-
-    /// `add to64, from64`
-    pub fn add(&mut self, to: u8, from: u8) {
-        self.b(&[0x48 | ((from >> 3) << 2) | (to >> 3), 0x01, 0xc0 | ((from & 7) << 3) | (to & 7)]);
     }
 
     /// `cmp reg64, imm32`

@@ -184,7 +184,12 @@ impl Vcpu {
     pub fn link_to(&mut self, site: u32, id: u32) {
         let b = &mut self.blocks.all[id as usize];
         let Some(s) = self.blocks.sites.get_mut(site as usize) else { return };
-        if s.target != b.key.va || b.second.is_some() || s.linked || b.dead || (s.listed != NONE && s.listed != id) {
+        if s.target != b.key.va
+            || b.second.is_some()
+            || s.linked
+            || b.dead
+            || (s.listed != NONE && s.listed != id)
+        {
             return;
         }
         s.linked = true;

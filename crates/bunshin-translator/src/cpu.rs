@@ -183,7 +183,7 @@ pub mod at {
         HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group;
         TMP = tmp; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
-        BOUNCE = bounce; TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
+        TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
         MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;
     }
     pub fn gpr(n: u8) -> u32 {
@@ -194,7 +194,7 @@ pub mod at {
     }
 }
 
-const _: () = assert!(std::mem::size_of::<Cpu>() <= CPU_BYTES);
+const _: () = assert!(size_of::<Cpu>() <= CPU_BYTES);
 
 impl Cpu {
     /// The six arithmetic flags in RFLAGS positions.

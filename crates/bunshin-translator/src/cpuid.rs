@@ -40,8 +40,7 @@ impl Table {
             }
             1 => {
                 let h = host(1, 0);
-                let mut ecx = h[2]
-                    & bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
+                let mut ecx = h[2] & bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
                 ecx |= bits(&[17, 21, 24, 31]); // PCID, x2APIC, TSC deadline, hypervisor
                 if c.cr4 & (1 << 18) != 0 {
                     ecx |= 1 << 27;
@@ -143,10 +142,15 @@ impl Table {
         match sub {
             0 => {
                 let size = |m: u64| {
-                    (2..63).filter(|n| m & (1 << n) != 0).map(|n| {
-                        let h = host(0xd, n);
-                        h[1] + h[0]
-                    }).max().unwrap_or(0).max(576)
+                    (2..63)
+                        .filter(|n| m & (1 << n) != 0)
+                        .map(|n| {
+                            let h = host(0xd, n);
+                            h[1] + h[0]
+                        })
+                        .max()
+                        .unwrap_or(0)
+                        .max(576)
                 };
                 [mask as u32, size(v.cpu().xcr0), size(mask), (mask >> 32) as u32]
             }

@@ -3,7 +3,9 @@ use crate::mmu::{Kind, Phys, Who};
 use crate::vcpu::{Shared, Vcpu as Cpu};
 use crate::{cpuid, host};
 use bunshin_core::chips::Chips;
-use bunshin_core::{clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu};
+use bunshin_core::{
+    clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu,
+};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// An address whose writes signal an eventfd.
@@ -28,8 +30,11 @@ pub struct TranslatorEngine {
 impl TranslatorEngine {
     /// An engine for `cpus` processors.
     pub fn new(cpus: u32) -> Result<Arc<Self>> {
-        let missing: Vec<_> =
-            host::features().into_iter().filter(|(n, on)| !on && host::REQUIRED.contains(n)).map(|(n, _)| n).collect();
+        let missing: Vec<_> = host::features()
+            .into_iter()
+            .filter(|(n, on)| !on && host::REQUIRED.contains(n))
+            .map(|(n, _)| n)
+            .collect();
         if !missing.is_empty() {
             return Err(EngineError::new(
                 "host-processor",
@@ -37,7 +42,10 @@ impl TranslatorEngine {
             ));
         }
         if cpus != 1 {
-            return Err(EngineError::new("cpus", format!("{cpus} processors asked for; this version runs 1")));
+            return Err(EngineError::new(
+                "cpus",
+                format!("{cpus} processors asked for; this version runs 1"),
+            ));
         }
         let engine = Arc::new_cyclic(|me: &std::sync::Weak<Self>| {
             let me = me.clone();
@@ -70,11 +78,19 @@ impl Engine for TranslatorEngine {
         let mut taken = self.taken.lock().unwrap();
         match taken.get_mut(index as usize) {
             None => return Err(EngineError::new("cpus", format!("there is no processor {index}"))),
-            Some(t) if *t => return Err(EngineError::new("cpus", format!("processor {index} is taken already"))),
+            Some(t) if *t => {
+                return Err(EngineError::new("cpus", format!("processor {index} is taken already")))
+            }
             Some(t) => *t = true,
         }
         let mut shared = None;
-        let mut v = Cpu::new(index, Phys::new(self.memory.slots()), self.chips.clone(), self.cpuid.clone(), &mut shared)?;
+        let mut v = Cpu::new(
+            index,
+            Phys::new(self.memory.slots()),
+            self.chips.clone(),
+            self.cpuid.clone(),
+            &mut shared,
+        )?;
         v.doorbells = self.doorbells.clone();
         let _ = self.cpus[index as usize].set(shared.unwrap());
         Ok(Box::new(Handle(v)))
@@ -82,7 +98,10 @@ impl Engine for TranslatorEngine {
 
     fn map(&self, gpa: u64, region: &Arc<Region>, offset: u64, length: u64, readonly: bool) -> Result<()> {
         if self.taken.lock().unwrap().iter().any(|&t| t) {
-            return Err(EngineError::new("memory-map", "memory is mapped before the first processor is taken"));
+            return Err(EngineError::new(
+                "memory-map",
+                "memory is mapped before the first processor is taken",
+            ));
         }
         self.memory.map(gpa, region, offset, length, readonly)
     }
@@ -118,7 +137,10 @@ impl Engine for TranslatorEngine {
 
     fn doorbell(&self, address: u64, size: u8, value: Option<u64>, event: i32) -> Result<()> {
         if !matches!(size, 1 | 2 | 4 | 8) {
-            return Err(EngineError::new("doorbell", format!("a doorbell of {size} bytes, expected 1, 2, 4 or 8")));
+            return Err(EngineError::new(
+                "doorbell",
+                format!("a doorbell of {size} bytes, expected 1, 2, 4 or 8"),
+            ));
         }
         self.doorbells.lock().unwrap().push(Doorbell { address, size, value, event });
         Ok(())
@@ -158,7 +180,11 @@ impl Vcpu for Handle {
 
     fn translate(&mut self, gva: u64) -> Option<u64> {
         // A look from outside leaves no trace in CR2; accessed bits may be set.
-        let m = self.0.walk(gva, Who::System, Kind::Read).or_else(|_| self.0.walk(gva, Who::User, Kind::Read)).ok()?;
+        let m = self
+            .0
+            .walk(gva, Who::System, Kind::Read)
+            .or_else(|_| self.0.walk(gva, Who::User, Kind::Read))
+            .ok()?;
         Some(m.gpa | (gva & 0xfff))
     }
 

@@ -17,6 +17,12 @@ pub fn xsave_mask() -> u64 {
     })
 }
 
+/// The processor is AMD's, or of its family.
+pub fn amd() -> bool {
+    static AMD: OnceLock<bool> = OnceLock::new();
+    *AMD.get_or_init(|| [*b"Auth", *b"Hygo"].contains(&__cpuid(0).ebx.to_le_bytes()))
+}
+
 /// Offset and length of XSAVE component `n` in the standard form.
 pub fn component(n: usize) -> (usize, usize) {
     static PLACES: OnceLock<[(usize, usize); 8]> = OnceLock::new();

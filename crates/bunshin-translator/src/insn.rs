@@ -36,7 +36,9 @@ pub struct Parts {
 fn has_modrm_1(op: u8) -> bool {
     match op {
         0x00..=0x3f => op & 7 < 4,
-        0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3 | 0xd8..=0xdf => true,
+        0x62 | 0x63 | 0x69 | 0x6b | 0x80..=0x8f | 0xc0 | 0xc1 | 0xc4..=0xc7 | 0xd0..=0xd3 | 0xd8..=0xdf => {
+            true
+        }
         0xf6 | 0xf7 | 0xfe | 0xff => true,
         _ => false,
     }
@@ -191,10 +193,6 @@ impl Parts {
         &bytes[self.imm_at as usize..self.length as usize]
     }
 
-    pub fn has_rex(&self) -> bool {
-        self.form == Form::Legacy && self.payload[0] != 0
-    }
-
     pub fn modrm(&self) -> Option<u8> {
         self.modrm
     }
@@ -230,7 +228,8 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
     let mut low_reg = (m >> 3) & 7;
     let mut low_rm = m & 7;
     // X and B of the memory form or of the register form.
-    let mem_xb = r.mem.map(|m| (m.index.is_some_and(|i| i >= 8), m.base >= 8)).or(r.gs.map(|_| (false, false)));
+    let mem_xb =
+        r.mem.map(|m| (m.index.is_some_and(|i| i >= 8), m.base >= 8)).or(r.gs.map(|_| (false, false)));
     if let Some(n) = r.reg {
         low_reg = n & 7;
     }
@@ -350,13 +349,29 @@ pub fn shape(code: Code) -> Shape {
             for i in 0..op.op_count() {
                 let at = i as u8 + 1;
                 match op.op_kind(i) {
-                    K::r8_reg | K::r16_reg | K::r16_reg_mem | K::r32_reg | K::r32_reg_mem | K::r64_reg
+                    K::r8_reg
+                    | K::r16_reg
+                    | K::r16_reg_mem
+                    | K::r32_reg
+                    | K::r32_reg_mem
+                    | K::r64_reg
                     | K::r64_reg_mem => n.reg = at,
-                    K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r32_or_mem_mpx | K::r64_or_mem
-                    | K::r64_or_mem_mpx | K::r16_rm | K::r32_rm | K::r64_rm => n.rm = at,
+                    K::r8_or_mem
+                    | K::r16_or_mem
+                    | K::r32_or_mem
+                    | K::r32_or_mem_mpx
+                    | K::r64_or_mem
+                    | K::r64_or_mem_mpx
+                    | K::r16_rm
+                    | K::r32_rm
+                    | K::r64_rm => n.rm = at,
                     K::r32_vvvv | K::r64_vvvv => n.vvvv = at,
                     K::r8_opcode | K::r16_opcode | K::r32_opcode | K::r64_opcode => n.opcode = at,
-                    K::mem_vsib32x | K::mem_vsib64x | K::mem_vsib32y | K::mem_vsib64y | K::mem_vsib32z
+                    K::mem_vsib32x
+                    | K::mem_vsib64x
+                    | K::mem_vsib32y
+                    | K::mem_vsib64y
+                    | K::mem_vsib32z
                     | K::mem_vsib64z => n.vsib = true,
                     _ => {}
                 }
@@ -388,10 +403,16 @@ pub fn writes(a: OpAccess) -> bool {
     matches!(a, OpAccess::Write | OpAccess::CondWrite | OpAccess::ReadWrite | OpAccess::ReadCondWrite)
 }
 
+/// A decoder that reads `bytes` at `va` as the host's processor does: vendors
+/// differ in what operand-size prefixes mean to branches.
+pub fn decoder(bytes: &[u8], bits: u32, va: u64) -> Decoder<'_> {
+    let options = if crate::host::amd() { DecoderOptions::AMD } else { DecoderOptions::NONE };
+    Decoder::with_ip(bits, bytes, va, options)
+}
+
 /// Decode one instruction at `va`.
 pub fn decode(bytes: &[u8], bits: u32, va: u64) -> Instruction {
-    let mut d = Decoder::with_ip(bits, bytes, va, DecoderOptions::NONE);
-    d.decode()
+    decoder(bytes, bits, va).decode()
 }
 
 #[cfg(test)]

@@ -14,8 +14,8 @@
 use crate::cpu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::memory::Slot;
-use iced_x86::{Instruction, OpKind, Register};
 use bunshin_core::{EngineError, Exit, Result};
+use iced_x86::{Instruction, OpKind, Register};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// A processor exception about to be delivered.
@@ -33,15 +33,12 @@ pub const BP: u8 = 3;
 pub const OF_: u8 = 4;
 pub const BR: u8 = 5;
 pub const UD: u8 = 6;
-pub const NM: u8 = 7;
 pub const DF_: u8 = 8;
 pub const TS: u8 = 10;
 pub const NP: u8 = 11;
 pub const SS: u8 = 12;
 pub const GP: u8 = 13;
 pub const PF_: u8 = 14;
-pub const MF: u8 = 16;
-pub const XM: u8 = 19;
 
 impl Exception {
     pub fn new(vector: u8) -> Self {
@@ -65,7 +62,8 @@ impl Exception {
     pub fn settle(mut self, i: &Instruction) -> Self {
         if self.vector == GP && self.address.take().is_some() {
             let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-            let stack = matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
+            let stack =
+                matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
             if explicit && stack && !matches!(i.segment_prefix(), Register::FS | Register::GS) {
                 self.vector = SS;
             }
@@ -470,7 +468,8 @@ impl Regions {
                 for n in 0..=u16::MAX {
                     // SAFETY: inside the region's tables.
                     unsafe {
-                        *((r.base + twin * REGION as u64 + u64::from(JC) + 8 * u64::from(n)) as *mut u64) = miss;
+                        *((r.base + twin * REGION as u64 + u64::from(JC) + 8 * u64::from(n)) as *mut u64) =
+                            miss;
                     }
                 }
             }
@@ -576,7 +575,8 @@ impl Vcpu {
             nx |= e & NX != 0;
             seen[depth] = (address, e);
             depth += 1;
-            let leaf = level == 1 || (e & PS != 0 && (level == 2 || level == 3) && (wide || long || cr4 & CR4_PSE != 0));
+            let leaf = level == 1
+                || (e & PS != 0 && (level == 2 || level == 3) && (wide || long || cr4 & CR4_PSE != 0));
             if !leaf {
                 if e & PS != 0 && level == 4 {
                     return Err(self.fault(va, who, kind, true, true));
@@ -723,7 +723,13 @@ impl Vcpu {
 
     /// Host address for `size` bytes at `va` that do not cross a page; None if
     /// that is not RAM (or is a store that others must hear of), with its gpa.
-    pub fn access(&mut self, va: u64, size: u64, kind: Kind, who: Who) -> std::result::Result<(Option<u64>, u64), Exception> {
+    pub fn access(
+        &mut self,
+        va: u64,
+        size: u64,
+        kind: Kind,
+        who: Who,
+    ) -> std::result::Result<(Option<u64>, u64), Exception> {
         let own = who == self.who();
         if own && kind != Kind::Fetch {
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
@@ -743,13 +749,6 @@ impl Vcpu {
             _ => None,
         };
         Ok((host, gpa))
-    }
-
-    /// Translate a code address; returns its gpa.
-    pub fn fetch_gpa(&mut self, va: u64) -> std::result::Result<u64, Exception> {
-        let who = self.who();
-        let m = self.walk(va, who, Kind::Fetch)?;
-        Ok(m.gpa | (va & 0xfff))
     }
 
     /// The first translation of a page: no table may let stores through.

@@ -6,14 +6,15 @@
 //! at its next memory access or indirect jump with exact state.
 use crate::cpu::{Cpu, REGION};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::Once;
+use std::sync::OnceLock;
 
 const SLOTS: usize = 4096;
 /// Executable ranges: start, end, address of the fault stub is in the Cpu.
 static FROM: [AtomicU64; SLOTS] = [const { AtomicU64::new(0) }; SLOTS];
 static TO: [AtomicU64; SLOTS] = [const { AtomicU64::new(0) }; SLOTS];
 static USED: AtomicU64 = AtomicU64::new(0);
-static mut OLD: [Option<libc::sigaction>; 65] = [None; 65];
+/// Handlers that were there before, by signal number.
+static OLD: OnceLock<[Option<libc::sigaction>; 65]> = OnceLock::new();
 
 /// Remember a code cache.
 pub fn register(from: u64, to: u64) {
@@ -72,7 +73,8 @@ fn cpu_of_gs() -> *mut Cpu {
 
 extern "C" fn on_kick(_signal: i32, _info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel gives a valid context.
-    let pc = unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
+    let pc =
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
     let page = PAGE.with(|p| p.load(Ordering::Relaxed)) as *mut Cpu;
     if page.is_null() {
         return;
@@ -125,10 +127,11 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
             return;
         }
         // Not ours: what was there before.
-        let old = (*(&raw const OLD))[signal as usize];
+        let old = OLD.get().and_then(|o| o[signal as usize]);
         if let Some(old) = old {
             if old.sa_sigaction != libc::SIG_DFL && old.sa_sigaction != libc::SIG_IGN {
-                let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = std::mem::transmute(old.sa_sigaction);
+                let f: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) =
+                    std::mem::transmute(old.sa_sigaction);
                 f(signal, info, context);
                 return;
             }
@@ -142,9 +145,9 @@ extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut li
 
 /// Install the handlers, once for the process.
 pub fn install() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: handlers are async-signal-safe; OLD is written only here.
+    OLD.get_or_init(|| {
+        let mut olds = [None; 65];
+        // SAFETY: handlers are async-signal-safe.
         unsafe {
             for s in [libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL] {
                 let mut a: libc::sigaction = std::mem::zeroed();
@@ -152,13 +155,14 @@ pub fn install() {
                 a.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_NODEFER;
                 let mut old: libc::sigaction = std::mem::zeroed();
                 libc::sigaction(s, &a, &mut old);
-                (*(&raw mut OLD))[s as usize] = Some(old);
+                olds[s as usize] = Some(old);
             }
             let mut a: libc::sigaction = std::mem::zeroed();
             a.sa_sigaction = on_kick as *const () as usize;
             a.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
             libc::sigaction(kick_signal(), &a, std::ptr::null_mut());
         }
+        olds
     });
 }
 
@@ -191,7 +195,10 @@ impl Timer {
         let Some(id) = self.0 else { return };
         let t = libc::itimerspec {
             it_interval: libc::timespec { tv_sec: 0, tv_nsec: 0 },
-            it_value: libc::timespec { tv_sec: (ns / 1_000_000_000) as i64, tv_nsec: (ns % 1_000_000_000) as i64 },
+            it_value: libc::timespec {
+                tv_sec: (ns / 1_000_000_000) as i64,
+                tv_nsec: (ns % 1_000_000_000) as i64,
+            },
         };
         // SAFETY: the timer exists.
         unsafe { libc::timer_settime(id, libc::TIMER_ABSTIME, &t, std::ptr::null_mut()) };

@@ -11,7 +11,10 @@ use crate::insn::{decode, reads, shape, writes, Parts};
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
 use crate::vcpu::{mode, Vcpu};
-use iced_x86::{CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess, OpKind, Register};
+use iced_x86::{
+    CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess,
+    OpKind, Register,
+};
 use std::arch::x86_64::__cpuid_count;
 use std::sync::atomic::Ordering;
 
@@ -210,9 +213,21 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
         return (h.run)(v, i);
     }
     match i.mnemonic() {
-        M::Nop | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch
-        | M::Prefetchwt1 | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Pause
-        | M::Prefetchit0 | M::Prefetchit1 | M::Reservednop => return Ok(Flow::Next),
+        M::Nop
+        | M::Prefetchnta
+        | M::Prefetcht0
+        | M::Prefetcht1
+        | M::Prefetcht2
+        | M::Prefetchw
+        | M::Prefetch
+        | M::Prefetchwt1
+        | M::Endbr32
+        | M::Endbr64
+        | M::Cldemote
+        | M::Pause
+        | M::Prefetchit0
+        | M::Prefetchit1
+        | M::Reservednop => return Ok(Flow::Next),
         M::Clflush | M::Clflushopt | M::Clwb => {
             let (va, who) = (v.operand_address(i), v.data_access());
             v.load(va, 1, who)?;
@@ -282,7 +297,17 @@ fn xsave_bytes(m: u64, compact: bool) -> usize {
 }
 
 fn is_xsave(m: M) -> bool {
-    matches!(m, M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64)
+    matches!(
+        m,
+        M::Xsave
+            | M::Xsave64
+            | M::Xsaveopt
+            | M::Xsaveopt64
+            | M::Xsavec
+            | M::Xsavec64
+            | M::Xsaves
+            | M::Xsaves64
+    )
 }
 
 fn is_xrstor(m: M) -> bool {
@@ -319,7 +344,9 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     let access = {
         let mut f = InstructionInfoFactory::new();
         let info = f.info(i);
-        (0..i.op_count()).find(|&n| i.op_kind(n) == OpKind::Memory).map_or(OpAccess::None, |n| info.op_access(n))
+        (0..i.op_count())
+            .find(|&n| i.op_kind(n) == OpKind::Memory)
+            .map_or(OpAccess::None, |n| info.op_access(n))
     };
     let size = match i.memory_size() {
         MemorySize::Unknown => 0,
@@ -359,6 +386,10 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
     if mask != 0 && misaligned(i, va, size) {
         return Err(gp());
+    }
+    if size == 10 {
+        // An x87 value goes as eight bytes and two.
+        v.check(va, 8, if writes(access) { Kind::Write } else { Kind::Read }, who)?;
     }
     if writes(access) {
         for at in parts.clone() {
@@ -405,13 +436,35 @@ fn waits(i: &Instruction) -> bool {
 /// before those of paging.
 fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
     let strict = match i.mnemonic() {
-        M::Movups | M::Movupd | M::Movdqu | M::Lddqu | M::Pcmpestri | M::Pcmpestrm | M::Pcmpistri | M::Pcmpistrm
-        | M::Pcmpestri64 | M::Pcmpestrm64 => false,
+        M::Movups
+        | M::Movupd
+        | M::Movdqu
+        | M::Lddqu
+        | M::Pcmpestri
+        | M::Pcmpestrm
+        | M::Pcmpistri
+        | M::Pcmpistrm
+        | M::Pcmpestri64
+        | M::Pcmpestrm64 => false,
         // AMD's do not check; elsewhere the host still does, after the pages.
-        M::Sha1msg1 | M::Sha1msg2 | M::Sha1nexte | M::Sha1rnds4 | M::Sha256msg1 | M::Sha256msg2 | M::Sha256rnds2 => false,
+        M::Sha1msg1
+        | M::Sha1msg2
+        | M::Sha1nexte
+        | M::Sha1rnds4
+        | M::Sha256msg1
+        | M::Sha256msg2
+        | M::Sha256rnds2 => false,
         M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 => return va & 15 != 0,
-        M::Vmovaps | M::Vmovapd | M::Vmovdqa | M::Vmovdqa32 | M::Vmovdqa64 | M::Vmovntdq | M::Vmovntps | M::Vmovntpd
-        | M::Vmovntdqa | M::Cmpxchg16b => true,
+        M::Vmovaps
+        | M::Vmovapd
+        | M::Vmovdqa
+        | M::Vmovdqa32
+        | M::Vmovdqa64
+        | M::Vmovntdq
+        | M::Vmovntps
+        | M::Vmovntpd
+        | M::Vmovntdqa
+        | M::Cmpxchg16b => true,
         _ => size == 16 && i.code().encoding() == EncodingKind::Legacy,
     };
     strict && va & (size as u64 - 1) != 0
@@ -444,25 +497,93 @@ fn bit16(v: &mut Vcpu, i: &Instruction, va: u64) -> Done {
 /// E5NF, E6NF).
 fn whole(i: &Instruction) -> bool {
     match i.mnemonic() {
-        M::Valignd | M::Valignq | M::Vcvtne2ps2bf16 | M::Vdbpsadbw | M::Vgf2p8affineinvqb | M::Vgf2p8affineqb
-        | M::Vmovddup | M::Vmovshdup | M::Vmovsldup | M::Vpalignr | M::Vpconflictd | M::Vpconflictq
-        | M::Vpmaddubsw | M::Vpmaddwd | M::Vpmultishiftqb => true,
-        M::Vextractf32x4 | M::Vextractf32x8 | M::Vextractf64x2 | M::Vextractf64x4 | M::Vextracti32x4
-        | M::Vextracti32x8 | M::Vextracti64x2 | M::Vextracti64x4 | M::Vinsertf32x4 | M::Vinsertf32x8
-        | M::Vinsertf64x2 | M::Vinsertf64x4 | M::Vinserti32x4 | M::Vinserti32x8 | M::Vinserti64x2
+        M::Valignd
+        | M::Valignq
+        | M::Vcvtne2ps2bf16
+        | M::Vdbpsadbw
+        | M::Vgf2p8affineinvqb
+        | M::Vgf2p8affineqb
+        | M::Vmovddup
+        | M::Vmovshdup
+        | M::Vmovsldup
+        | M::Vpalignr
+        | M::Vpconflictd
+        | M::Vpconflictq
+        | M::Vpmaddubsw
+        | M::Vpmaddwd
+        | M::Vpmultishiftqb => true,
+        M::Vextractf32x4
+        | M::Vextractf32x8
+        | M::Vextractf64x2
+        | M::Vextractf64x4
+        | M::Vextracti32x4
+        | M::Vextracti32x8
+        | M::Vextracti64x2
+        | M::Vextracti64x4
+        | M::Vinsertf32x4
+        | M::Vinsertf32x8
+        | M::Vinsertf64x2
+        | M::Vinsertf64x4
+        | M::Vinserti32x4
+        | M::Vinserti32x8
+        | M::Vinserti64x2
         | M::Vinserti64x4 => true,
-        M::Vpackssdw | M::Vpacksswb | M::Vpackusdw | M::Vpackuswb | M::Vpunpckhbw | M::Vpunpckhdq | M::Vpunpckhqdq
-        | M::Vpunpckhwd | M::Vpunpcklbw | M::Vpunpckldq | M::Vpunpcklqdq | M::Vpunpcklwd | M::Vunpckhpd
-        | M::Vunpckhps | M::Vunpcklpd | M::Vunpcklps => true,
-        M::Vpermb | M::Vpermw | M::Vpermd | M::Vpermq | M::Vpermps | M::Vpermpd | M::Vpermi2b | M::Vpermi2w
-        | M::Vpermi2d | M::Vpermi2q | M::Vpermi2ps | M::Vpermi2pd | M::Vpermt2b | M::Vpermt2w | M::Vpermt2d
-        | M::Vpermt2q | M::Vpermt2ps | M::Vpermt2pd | M::Vpermilps | M::Vpermilpd => true,
-        M::Vpshufb | M::Vpshufd | M::Vpshufhw | M::Vpshuflw | M::Vshuff32x4 | M::Vshuff64x2 | M::Vshufi32x4
-        | M::Vshufi64x2 | M::Vshufpd | M::Vshufps => true,
+        M::Vpackssdw
+        | M::Vpacksswb
+        | M::Vpackusdw
+        | M::Vpackuswb
+        | M::Vpunpckhbw
+        | M::Vpunpckhdq
+        | M::Vpunpckhqdq
+        | M::Vpunpckhwd
+        | M::Vpunpcklbw
+        | M::Vpunpckldq
+        | M::Vpunpcklqdq
+        | M::Vpunpcklwd
+        | M::Vunpckhpd
+        | M::Vunpckhps
+        | M::Vunpcklpd
+        | M::Vunpcklps => true,
+        M::Vpermb
+        | M::Vpermw
+        | M::Vpermd
+        | M::Vpermq
+        | M::Vpermps
+        | M::Vpermpd
+        | M::Vpermi2b
+        | M::Vpermi2w
+        | M::Vpermi2d
+        | M::Vpermi2q
+        | M::Vpermi2ps
+        | M::Vpermi2pd
+        | M::Vpermt2b
+        | M::Vpermt2w
+        | M::Vpermt2d
+        | M::Vpermt2q
+        | M::Vpermt2ps
+        | M::Vpermt2pd
+        | M::Vpermilps
+        | M::Vpermilpd => true,
+        M::Vpshufb
+        | M::Vpshufd
+        | M::Vpshufhw
+        | M::Vpshuflw
+        | M::Vshuff32x4
+        | M::Vshuff64x2
+        | M::Vshufi32x4
+        | M::Vshufi64x2
+        | M::Vshufpd
+        | M::Vshufps => true,
         // Shifts by one count for all.
-        M::Vpsllw | M::Vpslld | M::Vpsllq | M::Vpsraw | M::Vpsrad | M::Vpsraq | M::Vpsrlw | M::Vpsrld | M::Vpsrlq => {
-            i.op2_kind() == OpKind::Memory
-        }
+        M::Vpsllw
+        | M::Vpslld
+        | M::Vpsllq
+        | M::Vpsraw
+        | M::Vpsrad
+        | M::Vpsraq
+        | M::Vpsrlw
+        | M::Vpsrld
+        | M::Vpsrlq => i.op2_kind() == OpKind::Memory,
         _ => false,
     }
 }
@@ -479,16 +600,32 @@ fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
     if (masked || compress) && !whole(i) {
         let op = i.code().op_code();
         // An element may be a pair or four of what the operand holds.
-        let n = if op.can_broadcast() { op.broadcast_memory_size().size() } else { op.memory_size().element_size() };
+        let n = if op.can_broadcast() {
+            op.broadcast_memory_size().size()
+        } else {
+            op.memory_size().element_size()
+        };
         let count = op.memory_size().size() / n;
         let low = |bits: u32| u64::MAX.checked_shr(64 - bits).unwrap_or(0);
         let mut live = if masked { v.opmask(i.op_mask()) } else { u64::MAX };
         if matches!(
             m,
-            M::Vpbroadcastb | M::Vpbroadcastw | M::Vpbroadcastd | M::Vpbroadcastq | M::Vbroadcastss | M::Vbroadcastsd
-                | M::Vbroadcastf32x2 | M::Vbroadcastf32x4 | M::Vbroadcastf32x8 | M::Vbroadcastf64x2
-                | M::Vbroadcastf64x4 | M::Vbroadcasti32x2 | M::Vbroadcasti32x4 | M::Vbroadcasti32x8
-                | M::Vbroadcasti64x2 | M::Vbroadcasti64x4
+            M::Vpbroadcastb
+                | M::Vpbroadcastw
+                | M::Vpbroadcastd
+                | M::Vpbroadcastq
+                | M::Vbroadcastss
+                | M::Vbroadcastsd
+                | M::Vbroadcastf32x2
+                | M::Vbroadcastf32x4
+                | M::Vbroadcastf32x8
+                | M::Vbroadcastf64x2
+                | M::Vbroadcastf64x4
+                | M::Vbroadcasti32x2
+                | M::Vbroadcasti32x4
+                | M::Vbroadcasti32x8
+                | M::Vbroadcasti64x2
+                | M::Vbroadcasti64x4
         ) {
             // Any copy that is wanted wants the element.
             let all = live & low((i.op0_register().size() / n) as u32);
@@ -636,7 +773,8 @@ fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
 fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
     let m = i.mnemonic();
     let scatter = i.op0_kind() == OpKind::Memory;
-    if matches!(format!("{m:?}").as_str(), s if s.contains("prefetch") || s.contains("pf0") || s.contains("pf1")) {
+    if matches!(format!("{m:?}").as_str(), s if s.contains("prefetch") || s.contains("pf0") || s.contains("pf1"))
+    {
         return Ok(Flow::Next);
     }
     let data = if scatter { i.op1_register() } else { i.op0_register() };
@@ -645,7 +783,14 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
     // Index elements are 32 bits in the forms whose name has d before the data letters.
     let wide_index = matches!(
         m,
-        M::Vpgatherqd | M::Vpgatherqq | M::Vgatherqps | M::Vgatherqpd | M::Vpscatterqd | M::Vpscatterqq | M::Vscatterqps | M::Vscatterqpd
+        M::Vpgatherqd
+            | M::Vpgatherqq
+            | M::Vgatherqps
+            | M::Vgatherqpd
+            | M::Vpscatterqd
+            | M::Vpscatterqq
+            | M::Vscatterqps
+            | M::Vscatterqpd
     );
     let w = if wide_index { 8 } else { 4 };
     let count = (data.size() / n).min(index.size() / w);
@@ -655,7 +800,10 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
     let indices = v.vector(vector_number(index));
     let mut kmask = if evex { v.opmask(i.op_mask()) } else { 0 };
     let mut vmask = if evex { [0; 64] } else { v.vector(vector_number(vex_mask)) };
-    if !evex && (vector_number(data) == vector_number(index) || vector_number(vex_mask) == vector_number(index) || vector_number(data) == vector_number(vex_mask))
+    if !evex
+        && (vector_number(data) == vector_number(index)
+            || vector_number(vex_mask) == vector_number(index)
+            || vector_number(data) == vector_number(vex_mask))
         || evex && !scatter && vector_number(data) == vector_number(index)
     {
         return Err(ud());

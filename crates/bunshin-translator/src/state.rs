@@ -164,8 +164,9 @@ impl Vcpu {
             } else if n == 0x1b {
                 self.chips.load_msr(self.index, n, x).map_err(bad)?;
             } else if n != 0x6e0 && n != 0x10 {
-                self.write_msr(n, x)
-                    .ok_or_else(|| EngineError::new("state", format!("model-specific register {n:#x} does not take {x:#x}")))?;
+                self.write_msr(n, x).ok_or_else(|| {
+                    EngineError::new("state", format!("model-specific register {n:#x} does not take {x:#x}"))
+                })?;
             }
         }
         if !s.lapic.is_empty() {

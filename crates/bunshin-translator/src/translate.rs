@@ -38,12 +38,12 @@ use crate::asm::*;
 use crate::block::{Block, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
-use crate::insn::{decode, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
+use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind};
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
-    Code, Decoder, DecoderError, DecoderOptions, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess,
-    OpKind, Register,
+    Code, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind,
+    Register,
 };
 
 /// Most guest instructions in a block.
@@ -139,7 +139,11 @@ struct Spot {
 impl Group {
     fn covers(&self, s: &Spot) -> bool {
         let at = s.disp + self.shift - self.low;
-        s.base == self.base && s.index == self.index && at >= 0 && at + s.size <= self.span && (self.write || !s.write)
+        s.base == self.base
+            && s.index == self.index
+            && at >= 0
+            && at + s.size <= self.span
+            && (self.write || !s.write)
     }
 
     /// Follow one instruction: false if the base or index is lost.
@@ -150,7 +154,10 @@ impl Group {
         let by = match i.mnemonic() {
             M::Push | M::Pop | M::Call | M::Ret if self.base == Some(4) => {
                 // A pop into the stack pointer itself is not a move by 8.
-                if i.mnemonic() == M::Pop && i.op0_kind() == OpKind::Register && gpr_number(i.op0_register()) == Some((4, false)) {
+                if i.mnemonic() == M::Pop
+                    && i.op0_kind() == OpKind::Register
+                    && gpr_number(i.op0_register()) == Some((4, false))
+                {
                     return false;
                 }
                 Some(i64::from(i.stack_pointer_increment()))
@@ -261,7 +268,7 @@ impl Vcpu {
         let mut items: Vec<Item> = Vec::with_capacity(16);
         let mut second = None;
         {
-            let mut d = Decoder::with_ip(bits, &window[start..], rip, DecoderOptions::NONE);
+            let mut d = decoder(&window[start..], bits, rip);
             let mut factory = InstructionInfoFactory::new();
             while items.len() < MOST && d.can_decode() {
                 let at = start + d.position();
@@ -396,7 +403,9 @@ impl Vcpu {
             incoming: NONE,
         });
         self.blocks.index.insert(key, id);
-        for (page, gpa) in [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten() {
+        for (page, gpa) in
+            [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten()
+        {
             self.blocks.by_page.entry(page).or_default().push(id);
             if !self.phys.info[page].code {
                 let host = self.phys.host(gpa & !0xfff).unwrap();
@@ -502,7 +511,7 @@ impl Unit<'_> {
                 live = ALL;
                 continue;
             };
-            let mut d = Decoder::with_ip(self.bits, &self.bytes[off..], t, DecoderOptions::NONE);
+            let mut d = decoder(&self.bytes[off..], self.bits, t);
             live |= live_ahead(|| d.can_decode().then(|| d.decode()));
             self.relied.push((off as u16, (off + d.position()) as u16));
         }
@@ -656,7 +665,8 @@ impl Unit<'_> {
             }
         }
         let start = spot.filter(|_| self.group.is_none()).and_then(|s| self.gather(s));
-        if self.flags == Flags::Host && live != 0 && (self.ahead + 1 >= MANY_ACCESSES || self.group.is_some()) {
+        if self.flags == Flags::Host && live != 0 && (self.ahead + 1 >= MANY_ACCESSES || self.group.is_some())
+        {
             self.flags_to_lazy();
         }
         let keep = self.flags == Flags::Host && live != 0;
@@ -811,10 +821,14 @@ impl Unit<'_> {
             None
         } else {
             let size = i.memory_size().size() as u32;
-            (size > 0 && size <= 64).then(|| self.spot(Place::Operand(i), size, writes(item.access))).flatten()
+            (size > 0 && size <= 64)
+                .then(|| self.spot(Place::Operand(i), size, writes(item.access)))
+                .flatten()
         };
         let stack = match i.mnemonic() {
-            M::Push => self.spot(Place::Stack(i32::from(self.stack_size(i))), self.stack_size(i).into(), true),
+            M::Push => {
+                self.spot(Place::Stack(i32::from(self.stack_size(i))), self.stack_size(i).into(), true)
+            }
             M::Call => self.spot(Place::Stack(word), 8, true),
             M::Pop => self.spot(Place::Stack(0), self.stack_size(i).into(), false),
             M::Ret => self.spot(Place::Stack(0), 8, false),
@@ -987,8 +1001,20 @@ impl Unit<'_> {
             }
         }
         match i.mnemonic() {
-            M::Nop | M::Prefetchnta | M::Prefetcht0 | M::Prefetcht1 | M::Prefetcht2 | M::Prefetchw | M::Prefetch
-            | M::Prefetchwt1 | M::Endbr32 | M::Endbr64 | M::Cldemote | M::Prefetchit0 | M::Prefetchit1 | M::Reservednop => {}
+            M::Nop
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+            | M::Prefetch
+            | M::Prefetchwt1
+            | M::Endbr32
+            | M::Endbr64
+            | M::Cldemote
+            | M::Prefetchit0
+            | M::Prefetchit1
+            | M::Reservednop => {}
             M::Clflush | M::Clflushopt | M::Clwb => {
                 // Nothing to flush, but it faults as a load does.
                 self.probe(Place::Operand(i), 1, false, live_before);
@@ -1204,7 +1230,11 @@ impl Unit<'_> {
             }
             FlowControl::Return => {
                 self.pop_to_s0(size, live);
-                let extra = if i.op_count() > 0 && i.op0_kind() == OpKind::Immediate16 { i32::from(i.immediate16()) } else { 0 };
+                let extra = if i.op_count() > 0 && i.op0_kind() == OpKind::Immediate16 {
+                    i32::from(i.immediate16())
+                } else {
+                    0
+                };
                 self.move_stack(i32::from(size) + extra);
                 self.flags_to_host(S2, ALL);
                 self.exit_indirect();
@@ -1260,10 +1290,10 @@ impl Unit<'_> {
     /// LOOPcc and JrCXZ, whose conditions leave the flags alone.
     fn counted(&mut self, i: &Instruction, target: u64, through: u64) {
         let m = i.mnemonic();
-        let wide = match i.code() {
-            Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX => true,
-            _ => false,
-        };
+        let wide = matches!(
+            i.code(),
+            Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX
+        );
         let zero = |a: &mut Asm| {
             if !wide {
                 a.b(&[0x67]);
@@ -1320,7 +1350,11 @@ impl Unit<'_> {
         } else if has_mem {
             let size = i.memory_size().size() as u32;
             let access = item.access;
-            if size == 0 || size > 64 || access == OpAccess::None || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu) {
+            if size == 0
+                || size > 64
+                || access == OpAccess::None
+                || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu)
+            {
                 return self.helper(i);
             }
             let place = if bit_string {
@@ -1335,8 +1369,9 @@ impl Unit<'_> {
             to.mem = Some(self.probe(place, size, writes(access), live_before));
         }
         if let Some(n) = high {
-            let extended = (0..i.op_count())
-                .any(|n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)) == Some((4, false)));
+            let extended = (0..i.op_count()).any(|n| {
+                i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)) == Some((4, false))
+            });
             if has_mem || extended {
                 // A high byte cannot be named beside r8-r15: read a copy, or
                 // swap it with the low byte around the instruction.

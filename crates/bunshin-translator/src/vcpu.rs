@@ -4,7 +4,7 @@ use crate::block::{Blocks, NumberMap};
 use crate::cache::CodeCache;
 use crate::cpu::{exit, Cpu, NO_SITE, TF};
 use crate::interp::{self, Flow, Helper};
-use crate::mmu::{Exception, Phys, Regions, Trap, Who, CR4_PAE};
+use crate::mmu::{Exception, Phys, Regions, Trap, Who};
 use crate::stubs::Stubs;
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
@@ -215,8 +215,16 @@ const CACHE: usize = 96 << 20;
 
 impl Vcpu {
     /// Build processor `index` with its tables and stubs.
-    pub fn new(index: u32, phys: Phys, chips: Arc<Chips>, cpuid: Arc<crate::cpuid::Table>, shared: &mut Option<Arc<Shared>>) -> Result<Box<Self>> {
+    pub fn new(
+        index: u32,
+        phys: Phys,
+        chips: Arc<Chips>,
+        cpuid: Arc<crate::cpuid::Table>,
+        shared: &mut Option<Arc<Shared>>,
+    ) -> Result<Box<Self>> {
         signals::install();
+        // Built at first use, with functions that helpers may not call.
+        let _ = iced_x86::Code::INVALID.op_code();
         let mut cache = CodeCache::new(CACHE)?;
         let stubs = Stubs::write(&mut cache, crate::host::xsave_mask(), crate::host::has_xsaveopt());
         let mut regions = Regions::new()?;
@@ -467,7 +475,9 @@ impl Vcpu {
                                 return self.outbox.pop_front();
                             }
                             // The instruction may have written over what follows it.
-                            if self.cpu().pending.load(Ordering::Relaxed) != 0 || self.counters.killed != killed {
+                            if self.cpu().pending.load(Ordering::Relaxed) != 0
+                                || self.counters.killed != killed
+                            {
                                 return None;
                             }
                             self.cpu_mut().resume = resume;
@@ -542,7 +552,13 @@ impl Vcpu {
         self.finish(insn, r, out, before)
     }
 
-    fn finish(&mut self, insn: &Instruction, r: std::result::Result<Flow, Trap>, out: usize, traced: u64) -> std::result::Result<bool, Exit> {
+    fn finish(
+        &mut self,
+        insn: &Instruction,
+        r: std::result::Result<Flow, Trap>,
+        out: usize,
+        traced: u64,
+    ) -> std::result::Result<bool, Exit> {
         match r {
             Ok(flow) => {
                 self.answers.clear();
@@ -551,7 +567,8 @@ impl Vcpu {
                     self.cpu_mut().rip = insn.next_ip();
                 }
                 // INT n and SYSCALL clear TF and do not trap; POPF and IRET do.
-                let restores = matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
+                let restores =
+                    matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
                 if traced != 0 && (restores || self.cpu().eflags & TF != 0) {
                     self.cpu_mut().dr[6] |= 1 << 14;
                     self.deliver(Exception::new(crate::mmu::DB));
@@ -587,7 +604,7 @@ impl Vcpu {
                 return None;
             }
         };
-        let helper = interp::Helper { run: crate::slow::any, outside: true };
+        let helper = Helper { run: crate::slow::any, outside: true };
         match self.perform(&insn, helper) {
             Ok(_) => self.outbox.pop_front(),
             Err(e) => Some(e),
@@ -608,7 +625,9 @@ impl Vcpu {
     pub fn ring(&self, gpa: u64, size: u8, value: u64) -> bool {
         let bells = self.doorbells.lock().unwrap();
         let mut hit = false;
-        for d in bells.iter().filter(|d| d.address == gpa && d.size == size && d.value.is_none_or(|v| v == value)) {
+        for d in
+            bells.iter().filter(|d| d.address == gpa && d.size == size && d.value.is_none_or(|v| v == value))
+        {
             let one = 1u64;
             // SAFETY: writes 8 bytes to a descriptor that the owner gave.
             unsafe { libc::write(d.event, (&raw const one).cast(), 8) };
@@ -753,11 +772,6 @@ impl Vcpu {
             self.code_changed(at, n);
             at += n;
         }
-    }
-
-    /// True when paging structures have 8-byte entries.
-    pub fn pae(&self) -> bool {
-        self.cpu().cr4 & CR4_PAE != 0
     }
 }
 

@@ -12,7 +12,7 @@ pub mod registers;
 use crate::arena::{CODE, CODE_LENGTH, PAGE};
 use crate::case::Case;
 use crate::random::Random;
-use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction};
+use iced_x86::{Decoder, DecoderOptions, Encoder, Instruction, Mnemonic};
 use operands::Operands;
 use pool::Pool;
 use registers::Roles;
@@ -193,7 +193,9 @@ impl Block<'_> {
             noisy.insert(0, prefix);
         }
         let instruction = Decoder::with_ip(64, &noisy, self.rip, DecoderOptions::NONE).decode();
-        let fits = instruction.len() == noisy.len() && noisy.len() <= 15;
+        // A REX prefix makes PAUSE an exchange with r8.
+        let pause = instruction.mnemonic() == Mnemonic::Pause;
+        let fits = instruction.len() == noisy.len() && noisy.len() <= 15 && !pause;
         let allowed = fits && self.generator.pool.allows(instruction.code());
         if allowed && (self.reserved.is_empty() || !self.touches_reserved(&instruction)) {
             noisy

@@ -4,7 +4,7 @@
 use super::segment::{fault, Descriptor};
 use super::{Done, Flow};
 use crate::cpu::*;
-use crate::mmu::{canonical, ud, Exception, Trap, Who, BP, BR, DB, DF_, DE, GP, NP, OF_, PF_, SS, TS};
+use crate::mmu::{canonical, ud, Exception, Trap, Who, BP, BR, DB, DE, DF_, GP, NP, OF_, PF_, SS, TS};
 use crate::vcpu::Vcpu;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 
@@ -72,7 +72,14 @@ impl Vcpu {
         }
     }
 
-    fn event(&mut self, vector: u8, error: Option<u32>, source: Source, rip: u64, rf: u64) -> Result<(), Trap> {
+    fn event(
+        &mut self,
+        vector: u8,
+        error: Option<u32>,
+        source: Source,
+        rip: u64,
+        rf: u64,
+    ) -> Result<(), Trap> {
         let ext = u32::from(source == Source::Hardware);
         if self.real_mode() {
             return self.event_real(vector, rip);
@@ -159,7 +166,11 @@ impl Vcpu {
             self.write_stack(to, &bytes[..8 * n], who)?;
             self.cpu_mut().gpr[4] = to;
             if new_cpl != cpl {
-                self.cpu_mut().seg[2] = Seg { selector: u16::from(new_cpl), access: 0x1_0000 | u32::from(new_cpl) << 5, ..Seg::default() };
+                self.cpu_mut().seg[2] = Seg {
+                    selector: u16::from(new_cpl),
+                    access: 0x1_0000 | u32::from(new_cpl) << 5,
+                    ..Seg::default()
+                };
             }
         } else {
             let n = if wide32 { 4 } else { 2 };
@@ -170,7 +181,8 @@ impl Vcpu {
                 words.push(old.2);
                 words.push(u64::from(old.1));
                 let sp = if seg.big() { sp } else { sp & 0xffff };
-                let to = sp.wrapping_sub((n * words.len()) as u64) & if seg.big() { 0xffff_ffff } else { 0xffff };
+                let to =
+                    sp.wrapping_sub((n * words.len()) as u64) & if seg.big() { 0xffff_ffff } else { 0xffff };
                 self.store_words(seg.base.wrapping_add(to), &words, n)?;
                 let c = self.cpu_mut();
                 c.seg[2] = seg;
@@ -381,7 +393,12 @@ impl Vcpu {
                     Seg { selector: ss, access: 0x1_0000 | u32::from(rpl) << 5, ..Seg::default() }
                 } else {
                     let (sd, sva) = self.descriptor(ss, GP)?;
-                    if (ss & 3) as u8 != rpl || !sd.ordinary() || sd.code() || sd.kind() & 2 == 0 || sd.dpl() != rpl {
+                    if (ss & 3) as u8 != rpl
+                        || !sd.ordinary()
+                        || sd.code()
+                        || sd.kind() & 2 == 0
+                        || sd.dpl() != rpl
+                    {
                         return Err(fault(GP, ss));
                     }
                     if !sd.present() {
@@ -440,7 +457,11 @@ pub fn transfer(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = v.operand_bytes(i);
     match (i.mnemonic(), i.op0_kind()) {
         (M::Call | M::Jmp, OpKind::FarBranch16 | OpKind::FarBranch32) => {
-            let off = if i.op0_kind() == OpKind::FarBranch16 { i.far_branch16().into() } else { u64::from(i.far_branch32()) };
+            let off = if i.op0_kind() == OpKind::FarBranch16 {
+                i.far_branch16().into()
+            } else {
+                u64::from(i.far_branch32())
+            };
             let push = (i.mnemonic() == M::Call).then_some((n, i.next_ip()));
             v.far(i.far_branch_selector(), off, push)?;
         }
@@ -457,8 +478,14 @@ pub fn transfer(v: &mut Vcpu, i: &Instruction) -> Done {
             let near = matches!(k, OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64);
             let mut to = if near { i.near_branch_target() } else { v.operand(i, 0)? };
             let n = match i.code() {
-                Code::Call_rel16 | Code::Call_rm16 | Code::Jmp_rel16 | Code::Jmp_rel8_16 | Code::Jmp_rm16 => 2,
-                Code::Call_rel32_32 | Code::Call_rm32 | Code::Jmp_rel32_32 | Code::Jmp_rel8_32 | Code::Jmp_rm32 => 4,
+                Code::Call_rel16 | Code::Call_rm16 | Code::Jmp_rel16 | Code::Jmp_rel8_16 | Code::Jmp_rm16 => {
+                    2
+                }
+                Code::Call_rel32_32
+                | Code::Call_rm32
+                | Code::Jmp_rel32_32
+                | Code::Jmp_rel8_32
+                | Code::Jmp_rm32 => 4,
                 _ => 8,
             };
             if n == 2 {
@@ -489,9 +516,9 @@ pub fn transfer(v: &mut Vcpu, i: &Instruction) -> Done {
                 return Ok(Flow::Jump);
             }
             let rpl = (sel & 3) as u8;
-            if rpl > v.cpu().cpl {
-                let sp = v.peek(2 * n as u64 + extra, n)?;
+            if rpl != v.cpu().cpl {
                 let ss = v.peek(3 * n as u64 + extra, n)? as u16;
+                let sp = v.peek(2 * n as u64 + extra, n)?;
                 v.outward(sel, off, Some((ss, sp.wrapping_add(extra))))?;
             } else {
                 let sp = v.cpu().gpr[4];
@@ -517,9 +544,21 @@ impl Vcpu {
 /// LOOP and JCXZ with counters that translated code does not handle.
 pub fn counted(v: &mut Vcpu, i: &Instruction) -> Done {
     let wide = match i.code() {
-        Code::Jcxz_rel8_16 | Code::Jcxz_rel8_32 | Code::Loop_rel8_16_CX | Code::Loop_rel8_32_CX | Code::Loope_rel8_16_CX
-        | Code::Loope_rel8_32_CX | Code::Loopne_rel8_16_CX | Code::Loopne_rel8_32_CX => Register::CX,
-        Code::Jrcxz_rel8_16 | Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX
+        Code::Jcxz_rel8_16
+        | Code::Jcxz_rel8_32
+        | Code::Loop_rel8_16_CX
+        | Code::Loop_rel8_32_CX
+        | Code::Loope_rel8_16_CX
+        | Code::Loope_rel8_32_CX
+        | Code::Loopne_rel8_16_CX
+        | Code::Loopne_rel8_32_CX => Register::CX,
+        Code::Jrcxz_rel8_16
+        | Code::Jrcxz_rel8_64
+        | Code::Loop_rel8_16_RCX
+        | Code::Loope_rel8_16_RCX
+        | Code::Loopne_rel8_16_RCX
+        | Code::Loop_rel8_64_RCX
+        | Code::Loope_rel8_64_RCX
         | Code::Loopne_rel8_64_RCX => Register::RCX,
         _ => Register::ECX,
     };
@@ -552,9 +591,9 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
         // A task return; in long mode NT makes IRET fault.
         return Err(Exception::gp().into());
     }
-    let rip = v.peek(0, n)?;
-    let cs = v.peek(n as u64, n)? as u16;
     let flags = v.peek(2 * n as u64, n)?;
+    let cs = v.peek(n as u64, n)? as u16;
+    let rip = v.peek(0, n)?;
     if v.real_mode() {
         v.drop_stack(3 * n as u64);
         v.far(cs, rip, None)?;
@@ -570,8 +609,8 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
     let sp0 = v.cpu().gpr[4];
     let long = v.cpu().code64();
     let stack = if long || rpl > cpl {
-        let sp = v.peek(3 * n as u64, n)?;
         let ss = v.peek(4 * n as u64, n)? as u16;
+        let sp = v.peek(3 * n as u64, n)?;
         Some((ss, sp))
     } else {
         None

@@ -101,6 +101,7 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
         }
         M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => {
             bits == 16
+                || i.op0_kind() == OpKind::NearBranch16
                 || matches!(
                     i.code(),
                     Code::Jcxz_rel8_32
@@ -110,31 +111,194 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
                         | Code::Loopne_rel8_32_CX
                 )
         }
-        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw
-        | M::Lodsd | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq => true,
+        M::Movsb
+        | M::Movsw
+        | M::Movsq
+        | M::Stosb
+        | M::Stosw
+        | M::Stosd
+        | M::Stosq
+        | M::Lodsb
+        | M::Lodsw
+        | M::Lodsd
+        | M::Lodsq
+        | M::Scasb
+        | M::Scasw
+        | M::Scasd
+        | M::Scasq
+        | M::Cmpsb
+        | M::Cmpsw
+        | M::Cmpsq => true,
         M::Movsd | M::Cmpsd => string::is_string(i),
         M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd | M::In | M::Out => true,
-        M::Cpuid | M::Rdmsr | M::Wrmsr | M::Hlt | M::Rdtscp | M::Rdpmc | M::Rdpid | M::Lgdt | M::Lidt | M::Sgdt
-        | M::Sidt | M::Lldt | M::Ltr | M::Sldt | M::Str | M::Lmsw | M::Smsw | M::Clts | M::Invlpg | M::Invpcid
-        | M::Invd | M::Wbinvd | M::Wbnoinvd | M::Xgetbv | M::Xsetbv | M::Monitor | M::Mwait | M::Vmcall | M::Vmmcall
-        | M::Lar | M::Lsl | M::Verr | M::Verw | M::Pushf | M::Pushfd | M::Pushfq | M::Popf | M::Popfd | M::Popfq
-        | M::Iret | M::Iretd | M::Iretq | M::Int | M::Int1 | M::Int3 | M::Into | M::Syscall | M::Sysret | M::Sysretq
-        | M::Sysenter | M::Sysexit | M::Sysexitq | M::Bound | M::Enter | M::Xlatb | M::Ud0 | M::Ud1 | M::Ud2
-        | M::Pusha | M::Pushad | M::Popa | M::Popad | M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das
-        | M::Les | M::Lds | M::Lss | M::Lfs | M::Lgs | M::Arpl | M::Salc | M::Rsm | M::Getsec => true,
+        M::Cpuid
+        | M::Rdmsr
+        | M::Wrmsr
+        | M::Hlt
+        | M::Rdtscp
+        | M::Rdpmc
+        | M::Rdpid
+        | M::Lgdt
+        | M::Lidt
+        | M::Sgdt
+        | M::Sidt
+        | M::Lldt
+        | M::Ltr
+        | M::Sldt
+        | M::Str
+        | M::Lmsw
+        | M::Smsw
+        | M::Clts
+        | M::Invlpg
+        | M::Invpcid
+        | M::Invd
+        | M::Wbinvd
+        | M::Wbnoinvd
+        | M::Xgetbv
+        | M::Xsetbv
+        | M::Monitor
+        | M::Mwait
+        | M::Vmcall
+        | M::Vmmcall
+        | M::Lar
+        | M::Lsl
+        | M::Verr
+        | M::Verw
+        | M::Pushf
+        | M::Pushfd
+        | M::Pushfq
+        | M::Popf
+        | M::Popfd
+        | M::Popfq
+        | M::Iret
+        | M::Iretd
+        | M::Iretq
+        | M::Int
+        | M::Int1
+        | M::Int3
+        | M::Into
+        | M::Syscall
+        | M::Sysret
+        | M::Sysretq
+        | M::Sysenter
+        | M::Sysexit
+        | M::Sysexitq
+        | M::Bound
+        | M::Enter
+        | M::Xlatb
+        | M::Ud0
+        | M::Ud1
+        | M::Ud2
+        | M::Pusha
+        | M::Pushad
+        | M::Popa
+        | M::Popad
+        | M::Aaa
+        | M::Aas
+        | M::Aad
+        | M::Aam
+        | M::Daa
+        | M::Das
+        | M::Les
+        | M::Lds
+        | M::Lss
+        | M::Lfs
+        | M::Lgs
+        | M::Arpl
+        | M::Salc
+        | M::Rsm
+        | M::Getsec => true,
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => true,
-        M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor | M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64
-        | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64
-        | M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64 => true,
-        M::Monitorx | M::Mwaitx | M::Clzero | M::Rdpkru | M::Wrpkru | M::Xbegin | M::Xend | M::Xabort | M::Xtest
-        | M::Vmrun | M::Vmload | M::Vmsave | M::Stgi | M::Clgi | M::Skinit | M::Invlpga | M::Invlpgb | M::Tlbsync
-        | M::Vmptrld | M::Vmptrst | M::Vmclear | M::Vmread | M::Vmwrite | M::Vmlaunch | M::Vmresume | M::Vmxon
-        | M::Vmxoff | M::Invept | M::Invvpid | M::Vmfunc | M::Encls | M::Enclu | M::Enclv | M::Tpause | M::Umwait
-        | M::Umonitor | M::Enqcmd | M::Enqcmds | M::Rdpru | M::Mcommit | M::Ptwrite | M::Tdpbssd | M::Tileloadd
-        | M::Ldtilecfg | M::Sttilecfg | M::Tilerelease | M::Tilezero | M::Tilestored | M::Pconfig | M::Serialize
-        | M::Clui | M::Stui | M::Uiret | M::Senduipi | M::Testui | M::Incsspd | M::Incsspq | M::Rdsspd | M::Rdsspq
-        | M::Saveprevssp | M::Rstorssp | M::Wrssd | M::Wrssq | M::Wrussd | M::Wrussq | M::Setssbsy | M::Clrssbsy => true,
-        M::Inc | M::Dec => bits != 64 && i.len() == 1 + usize::from(i.code() == Code::Inc_r16 || i.code() == Code::Dec_r16),
+        M::Fnstenv
+        | M::Fldenv
+        | M::Fnsave
+        | M::Frstor
+        | M::Fxsave
+        | M::Fxsave64
+        | M::Fxrstor
+        | M::Fxrstor64
+        | M::Xsave
+        | M::Xsave64
+        | M::Xsaveopt
+        | M::Xsaveopt64
+        | M::Xsavec
+        | M::Xsavec64
+        | M::Xsaves
+        | M::Xsaves64
+        | M::Xrstor
+        | M::Xrstor64
+        | M::Xrstors
+        | M::Xrstors64 => true,
+        M::Monitorx
+        | M::Mwaitx
+        | M::Clzero
+        | M::Rdpkru
+        | M::Wrpkru
+        | M::Xbegin
+        | M::Xend
+        | M::Xabort
+        | M::Xtest
+        | M::Vmrun
+        | M::Vmload
+        | M::Vmsave
+        | M::Stgi
+        | M::Clgi
+        | M::Skinit
+        | M::Invlpga
+        | M::Invlpgb
+        | M::Tlbsync
+        | M::Vmptrld
+        | M::Vmptrst
+        | M::Vmclear
+        | M::Vmread
+        | M::Vmwrite
+        | M::Vmlaunch
+        | M::Vmresume
+        | M::Vmxon
+        | M::Vmxoff
+        | M::Invept
+        | M::Invvpid
+        | M::Vmfunc
+        | M::Encls
+        | M::Enclu
+        | M::Enclv
+        | M::Tpause
+        | M::Umwait
+        | M::Umonitor
+        | M::Enqcmd
+        | M::Enqcmds
+        | M::Rdpru
+        | M::Mcommit
+        | M::Ptwrite
+        | M::Tdpbssd
+        | M::Tileloadd
+        | M::Ldtilecfg
+        | M::Sttilecfg
+        | M::Tilerelease
+        | M::Tilezero
+        | M::Tilestored
+        | M::Pconfig
+        | M::Serialize
+        | M::Clui
+        | M::Stui
+        | M::Uiret
+        | M::Senduipi
+        | M::Testui
+        | M::Incsspd
+        | M::Incsspq
+        | M::Rdsspd
+        | M::Rdsspq
+        | M::Saveprevssp
+        | M::Rstorssp
+        | M::Wrssd
+        | M::Wrssq
+        | M::Wrussd
+        | M::Wrussq
+        | M::Setssbsy
+        | M::Clrssbsy => true,
+        M::Inc | M::Dec => {
+            bits != 64 && i.len() == 1 + usize::from(i.code() == Code::Inc_r16 || i.code() == Code::Dec_r16)
+        }
         _ => false,
     }
 }
@@ -142,10 +306,31 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
 /// True if nothing may be translated behind the instruction.
 pub fn ends_block(i: &Instruction) -> bool {
     match i.mnemonic() {
-        M::Mov => special_register(i) && i.op0_kind() == OpKind::Register && !i.op0_register().is_gpr() || is_sreg_write(i),
+        M::Mov => {
+            special_register(i) && i.op0_kind() == OpKind::Register && !i.op0_register().is_gpr()
+                || is_sreg_write(i)
+        }
         M::Pop => is_sreg(i),
-        M::Lmsw | M::Clts | M::Wrmsr | M::Xsetbv | M::Invlpg | M::Invpcid | M::Hlt | M::Popf | M::Popfd | M::Popfq
-        | M::Lss | M::Lds | M::Les | M::Lfs | M::Lgs | M::Vmcall | M::Vmmcall | M::Wbinvd | M::Invd | M::Cpuid => true,
+        M::Lmsw
+        | M::Clts
+        | M::Wrmsr
+        | M::Xsetbv
+        | M::Invlpg
+        | M::Invpcid
+        | M::Hlt
+        | M::Popf
+        | M::Popfd
+        | M::Popfq
+        | M::Lss
+        | M::Lds
+        | M::Les
+        | M::Lfs
+        | M::Lgs
+        | M::Vmcall
+        | M::Vmmcall
+        | M::Wbinvd
+        | M::Invd
+        | M::Cpuid => true,
         _ => false,
     }
 }
@@ -186,10 +371,24 @@ pub fn helper(i: &Instruction) -> Helper {
         M::Sysret | M::Sysretq => inside(control::sysret),
         M::Sysenter => inside(control::sysenter),
         M::Sysexit | M::Sysexitq => inside(control::sysexit),
-        M::Movsb | M::Movsw | M::Movsq | M::Stosb | M::Stosw | M::Stosd | M::Stosq | M::Lodsb | M::Lodsw
-        | M::Lodsd | M::Lodsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsq => {
-            inside(string::string)
-        }
+        M::Movsb
+        | M::Movsw
+        | M::Movsq
+        | M::Stosb
+        | M::Stosw
+        | M::Stosd
+        | M::Stosq
+        | M::Lodsb
+        | M::Lodsw
+        | M::Lodsd
+        | M::Lodsq
+        | M::Scasb
+        | M::Scasw
+        | M::Scasd
+        | M::Scasq
+        | M::Cmpsb
+        | M::Cmpsw
+        | M::Cmpsq => inside(string::string),
         M::Movsd | M::Cmpsd if string::is_string(i) => inside(string::string),
         M::In | M::Out | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd => outside(port::port),
         M::Cpuid => outside(system::cpuid),
@@ -226,9 +425,29 @@ fn wants_ud(i: &Instruction) -> bool {
     i.code() == Code::INVALID
         || !matches!(
             i.mnemonic(),
-            M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Fnstenv | M::Fldenv | M::Fnsave | M::Frstor | M::Fxsave
-                | M::Fxsave64 | M::Fxrstor | M::Fxrstor64 | M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64
-                | M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64 | M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64
+            M::Maskmovq
+                | M::Maskmovdqu
+                | M::Vmaskmovdqu
+                | M::Fnstenv
+                | M::Fldenv
+                | M::Fnsave
+                | M::Frstor
+                | M::Fxsave
+                | M::Fxsave64
+                | M::Fxrstor
+                | M::Fxrstor64
+                | M::Xsave
+                | M::Xsave64
+                | M::Xsaveopt
+                | M::Xsaveopt64
+                | M::Xsavec
+                | M::Xsavec64
+                | M::Xsaves
+                | M::Xsaves64
+                | M::Xrstor
+                | M::Xrstor64
+                | M::Xrstors
+                | M::Xrstors64
         ) && wants_helper(i, mode::BITS64)
 }
 
@@ -314,7 +533,11 @@ impl Vcpu {
     pub fn operand_behind(&self, i: &Instruction, extra: u64) -> u64 {
         let value = |r: Register| if r.is_gpr() { self.reg(r) } else { 0 };
         let scaled = value(i.memory_index()).wrapping_mul(u64::from(i.memory_index_scale()));
-        let off = i.memory_displacement64().wrapping_add(value(i.memory_base())).wrapping_add(scaled).wrapping_add(extra);
+        let off = i
+            .memory_displacement64()
+            .wrapping_add(value(i.memory_base()))
+            .wrapping_add(scaled)
+            .wrapping_add(extra);
         let off = match address_size(i) {
             2 => off & 0xffff,
             4 => off & 0xffff_ffff,
@@ -510,8 +733,10 @@ pub unsafe fn copy_bytes(from: *const u8, to: *mut u8, n: usize) {
             2 => to.cast::<u16>().write_unaligned(from.cast::<u16>().read_unaligned()),
             4 => to.cast::<u32>().write_unaligned(from.cast::<u32>().read_unaligned()),
             8 => to.cast::<u64>().write_unaligned(from.cast::<u64>().read_unaligned()),
-            _ => core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _,
-                options(nostack, preserves_flags)),
+            _ => {
+                core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _,
+                options(nostack, preserves_flags))
+            }
         }
     }
 }

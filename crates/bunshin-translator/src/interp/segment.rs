@@ -105,7 +105,11 @@ impl Vcpu {
                 return Err(Exception::gp().into());
             }
             let c = self.cpu_mut();
-            c.seg[n] = Seg { selector, access: 0x1_0000 | if n == 2 { u32::from(cpl) << 5 } else { 0 }, ..Seg::default() };
+            c.seg[n] = Seg {
+                selector,
+                access: 0x1_0000 | if n == 2 { u32::from(cpl) << 5 } else { 0 },
+                ..Seg::default()
+            };
             // AMD keeps the base of a null FS or GS, Intel clears it; cleared here.
             c.seg_base[n] = 0;
             return Ok(());
@@ -214,7 +218,8 @@ pub fn load_table(v: &mut Vcpu, i: &Instruction) -> Done {
 pub fn store_table(v: &mut Vcpu, i: &Instruction) -> Done {
     v.umip()?;
     let c = v.cpu();
-    let (base, limit) = if i.mnemonic() == M::Sgdt { (c.gdt_base, c.gdt_limit) } else { (c.idt_base, c.idt_limit) };
+    let (base, limit) =
+        if i.mnemonic() == M::Sgdt { (c.gdt_base, c.gdt_limit) } else { (c.idt_base, c.idt_limit) };
     let n = if c.code64() { 10 } else { 6 };
     let mut b = [0; 10];
     b[..2].copy_from_slice(&(limit as u16).to_le_bytes());

@@ -61,10 +61,18 @@ unsafe fn movs(from: u64, to: u64, n: u64, size: usize) {
     // SAFETY: the caller's.
     unsafe {
         match size {
-            1 => core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
-            2 => core::arch::asm!("rep movsw", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
-            4 => core::arch::asm!("rep movsd", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
-            _ => core::arch::asm!("rep movsq", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack)),
+            1 => {
+                core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack))
+            }
+            2 => {
+                core::arch::asm!("rep movsw", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack))
+            }
+            4 => {
+                core::arch::asm!("rep movsd", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack))
+            }
+            _ => {
+                core::arch::asm!("rep movsq", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _, options(nostack))
+            }
         }
     }
 }
@@ -75,10 +83,18 @@ unsafe fn stos(to: u64, value: u64, n: u64, size: usize) {
     // SAFETY: the caller's.
     unsafe {
         match size {
-            1 => core::arch::asm!("rep stosb", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
-            2 => core::arch::asm!("rep stosw", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
-            4 => core::arch::asm!("rep stosd", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
-            _ => core::arch::asm!("rep stosq", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack)),
+            1 => {
+                core::arch::asm!("rep stosb", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack))
+            }
+            2 => {
+                core::arch::asm!("rep stosw", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack))
+            }
+            4 => {
+                core::arch::asm!("rep stosd", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack))
+            }
+            _ => {
+                core::arch::asm!("rep stosq", inout("rcx") n => _, in("rax") value, inout("rdi") to => _, options(nostack))
+            }
         }
     }
 }
@@ -115,7 +131,8 @@ fn operands(i: &Instruction) -> Operands {
         4 => (0xffff_ffff, Register::ECX),
         _ => (u64::MAX, Register::RCX),
     };
-    let compares = matches!(m, M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
+    let compares =
+        matches!(m, M::Scasb | M::Scasw | M::Scasd | M::Scasq | M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
     Operands {
         size,
         mask,
@@ -175,7 +192,11 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
             return Ok(Flow::Next);
         }
         // Device accesses of one step leave before the next step.
-        if traced || !v.outbox.is_empty() || !v.answers.is_empty() || v.cpu().pending.load(Ordering::Relaxed) != 0 {
+        if traced
+            || !v.outbox.is_empty()
+            || !v.answers.is_empty()
+            || v.cpu().pending.load(Ordering::Relaxed) != 0
+        {
             v.cpu_mut().rip = i.ip();
             return Ok(Flow::Jump);
         }

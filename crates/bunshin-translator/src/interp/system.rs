@@ -1,13 +1,13 @@
 //! Control registers, model-specific registers, CPUID, time, TLB control, HLT.
 use super::{Done, Flow};
-use crate::cpu::*;
 use crate::mmu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::Exit;
-use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{Instruction, Mnemonic as M, Register};
 
 const CR0_VALID: u64 = 0xe005_003f;
-const CR4_SUPPORTED: u64 = 0x7f | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | CR4_PCIDE | 1 << 18 | CR4_SMEP | CR4_SMAP;
+const CR4_SUPPORTED: u64 =
+    0x7f | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | CR4_PCIDE | 1 << 18 | CR4_SMEP | CR4_SMAP;
 
 pub fn refuse(_: &mut Vcpu, _: &Instruction) -> Done {
     Err(gp())
@@ -337,9 +337,4 @@ pub fn hypercall(v: &mut Vcpu, _: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     Err(Trap::Exit(Exit::Hypercall { number }))
-}
-
-/// True if an operand is in memory.
-pub fn has_memory(i: &Instruction) -> bool {
-    (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
 }
