@@ -11,7 +11,7 @@
 use crate::arena::{image_address, image_offset, LINE};
 use crate::case::Case;
 use crate::state::{register_text, Difference, UserState, TF, USER_FLAGS};
-use iced_x86::{Decoder, DecoderOptions};
+use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,21 +92,12 @@ pub fn exempt(case: &Case, outcome: &Outcome) -> Option<&'static str> {
     if matches!(outcome.stop, Stop::Fault { vector: 1, .. }) && outcome.state.rflags & TF == 0 {
         return Some("some hypervisors leave rip on INT1");
     }
-    let before = case.bytes();
-    let start = image_offset(case.state.rip, before.len())?;
-    let mut after = before.clone();
-    for (offset, line) in &outcome.memory {
-        for (i, byte) in line.iter().enumerate() {
-            if let Some(at) = (offset + i).checked_sub(start).filter(|at| *at < after.len()) {
-                after[at] = *byte;
-            }
-        }
-    }
-    if after == before {
-        return None;
-    }
+    let after = code_after(case, outcome);
     if after.windows(2).any(|pair| UNPROMISED.iter().any(|opcode| pair == opcode)) {
-        return Some("the case wrote itself an instruction that is not deterministic");
+        return Some("the case made itself an instruction that is not deterministic");
+    }
+    if after == case.bytes() {
+        return None;
     }
     let repeated = case.code.iter().any(|bytes| {
         let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
@@ -114,6 +105,42 @@ pub fn exempt(case: &Case, outcome: &Outcome) -> Option<&'static str> {
             && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
     });
     repeated.then_some("a repeated string operation overwrote the code")
+}
+
+/// The code as the run left it.
+fn code_after(case: &Case, outcome: &Outcome) -> Vec<u8> {
+    let mut after = case.bytes();
+    let Some(start) = image_offset(case.state.rip, after.len()) else { return after };
+    for (offset, line) in &outcome.memory {
+        for (i, byte) in line.iter().enumerate() {
+            if let Some(at) = (offset + i).checked_sub(start).filter(|at| *at < after.len()) {
+                after[at] = *byte;
+            }
+        }
+    }
+    after
+}
+
+/// Does the case store what FIP, FDP and their like hold? Engines may give
+/// zero for them.
+fn stores_pointers(case: &Case, outcome: &Outcome) -> bool {
+    use Mnemonic as M;
+    let after = code_after(case, outcome);
+    (0..after.len()).any(|at| {
+        matches!(
+            Decoder::new(64, &after[at..], DecoderOptions::NONE).decode().mnemonic(),
+            M::Fnstenv
+                | M::Fnsave
+                | M::Fxsave
+                | M::Fxsave64
+                | M::Xsave
+                | M::Xsave64
+                | M::Xsavec
+                | M::Xsavec64
+                | M::Xsaveopt
+                | M::Xsaveopt64
+        )
+    })
 }
 
 /// Everything in which two outcomes differ; empty when they agree.
@@ -128,7 +155,9 @@ pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Option
     let fault = matches!(left.stop, Stop::Fault { .. }) || matches!(right.stop, Stop::Fault { .. });
     let flags = if fault && !options.exact_flags { 0 } else { USER_FLAGS };
     found.extend(left.state.differences(&right.state, flags));
-    memory_differences(left, right, &mut found);
+    if left.memory != right.memory {
+        memory_differences(left, right, stores_pointers(case, left), &mut found);
+    }
     if !found.is_empty() && [left, right].iter().any(|side| exempt(case, side).is_some()) {
         found.clear();
     }
@@ -144,10 +173,8 @@ fn comparable(stop: &Stop) -> Stop {
     }
 }
 
-fn memory_differences(left: &Outcome, right: &Outcome, found: &mut Vec<Difference>) {
-    if left.memory == right.memory {
-        return;
-    }
+/// With `pointers`, zero on the right is as good as anything.
+fn memory_differences(left: &Outcome, right: &Outcome, pointers: bool, found: &mut Vec<Difference>) {
     let image = crate::arena::base_image();
     let mut offsets: Vec<_> = left.memory.iter().chain(&right.memory).map(|(at, _)| *at).collect();
     offsets.sort_unstable();
@@ -162,7 +189,7 @@ fn memory_differences(left: &Outcome, right: &Outcome, found: &mut Vec<Differenc
         let (a, b) = (line(left, at), line(right, at));
         for part in (0..LINE).step_by(8) {
             let (a, b) = (&a[part..part + 8], &b[part..part + 8]);
-            if a != b {
+            if a.iter().zip(b).any(|(a, b)| a != b && !(pointers && *b == 0)) {
                 let name = format!("[{:x}]", image_address(at + part));
                 found.push(Difference::new(name, register_text(a), register_text(b)));
             }

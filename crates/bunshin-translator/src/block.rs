@@ -275,11 +275,14 @@ impl Vcpu {
             start < to && from < end
                 || b.relied.iter().any(|&(s, e)| u64::from(s) < to && from < u64::from(e))
         };
-        let killed: Vec<u32> = ids.iter().copied().filter(|&i| hit(&self.blocks.all[i as usize])).collect();
-        for &i in &killed {
-            self.kill(i);
-        }
         ids.retain(|&i| !self.blocks.all[i as usize].dead);
+        if ids.iter().any(|&i| hit(&self.blocks.all[i as usize])) {
+            // Who writes code writes more of it: the whole page goes, so that the
+            // stores that follow are fast again.
+            for i in ids.drain(..) {
+                self.kill(i);
+            }
+        }
         if ids.is_empty() {
             self.phys.info[page].code = false;
         } else {

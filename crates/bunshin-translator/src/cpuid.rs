@@ -3,6 +3,8 @@
 //! reads without calibration).
 use crate::vcpu::Vcpu;
 use std::arch::x86_64::__cpuid_count;
+use std::collections::BTreeMap;
+use std::sync::Mutex;
 
 /// eax, ebx, ecx, edx.
 pub type Regs = [u32; 4];
@@ -13,9 +15,17 @@ pub struct Table {
     max_ext: u32,
 }
 
+/// The host's answer. A hypervisor below us may make CPUID slow, so each is
+/// asked once; no leaf that is passed on has as many as 64 parts.
 fn host(leaf: u32, sub: u32) -> Regs {
-    let r = __cpuid_count(leaf, sub);
-    [r.eax, r.ebx, r.ecx, r.edx]
+    static SEEN: Mutex<BTreeMap<(u32, u32), Regs>> = Mutex::new(BTreeMap::new());
+    if sub >= 64 {
+        return [0; 4];
+    }
+    *SEEN.lock().unwrap().entry((leaf, sub)).or_insert_with(|| {
+        let r = __cpuid_count(leaf, sub);
+        [r.eax, r.ebx, r.ecx, r.edx]
+    })
 }
 
 fn bits(list: &[u32]) -> u32 {

@@ -41,7 +41,9 @@ fn count_may_be_zero(i: &Instruction) -> bool {
 
 /// The effect of `i` on the arithmetic flags.
 pub fn effect(i: &Instruction) -> Effect {
-    let reads = i.rflags_read() & ALL;
+    // A division that faults shows the flags to its handler.
+    let divides = matches!(i.mnemonic(), M::Div | M::Idiv);
+    let reads = if divides { ALL } else { i.rflags_read() & ALL };
     let sure = (i.rflags_written() | i.rflags_cleared() | i.rflags_set()) & ALL;
     let mut e = Effect { reads, writes: sure | (i.rflags_undefined() & ALL), kills: sure };
     if e.writes == 0 && matches!(i.mnemonic(), M::Rcl | M::Rcr) && !count_may_be_zero(i) {

@@ -39,6 +39,32 @@ pub fn component(n: usize) -> (usize, usize) {
     })[n]
 }
 
+/// Where a state component lies in an XSAVE area: CPUID leaf 0xD.
+#[derive(Clone, Copy, Default)]
+pub struct Component {
+    pub size: usize,
+    /// In the standard format.
+    pub offset: usize,
+    /// Starts at a multiple of 64 in the compacted format.
+    pub aligned: bool,
+}
+
+/// The extended components (2 and up) by number. CPUID may trap to a
+/// hypervisor below us, so it is asked once.
+pub fn components() -> &'static [Component; 63] {
+    static TABLE: OnceLock<[Component; 63]> = OnceLock::new();
+    TABLE.get_or_init(|| {
+        let mut t = [Component::default(); 63];
+        for (n, c) in t.iter_mut().enumerate().skip(2) {
+            if xsave_mask() >> n & 1 != 0 {
+                let l = __cpuid_count(0xd, n as u32);
+                *c = Component { size: l.eax as usize, offset: l.ebx as usize, aligned: l.ecx & 2 != 0 };
+            }
+        }
+        t
+    })
+}
+
 pub fn has_xsaveopt() -> bool {
     __cpuid_count(0xd, 1).eax & 1 != 0
 }

@@ -3,7 +3,9 @@
 //!
 //! iced-x86 decodes and tells what an instruction reads and writes; this file
 //! only moves its encoding. Encodings: SDM volume 2, chapter 2.
-use iced_x86::{Code, Decoder, DecoderOptions, Instruction, OpAccess, OpCodeOperandKind as K, Register};
+use iced_x86::{
+    Code, Decoder, DecoderOptions, Instruction, MandatoryPrefix, OpAccess, OpCodeOperandKind as K, Register,
+};
 use std::cell::RefCell;
 
 /// How the opcode is introduced.
@@ -186,6 +188,32 @@ impl Parts {
         }
         p.imm_at = i as u8;
         (i <= bytes.len()).then_some(p)
+    }
+
+    /// [`Parts::new`] for writing the instruction as 64-bit code: in 16-bit code
+    /// the operand-size prefix means the opposite.
+    pub fn of(i: &Instruction, bytes: &[u8], bits: u32) -> Option<Self> {
+        let mut p = Self::new(bytes, bits)?;
+        if bits == 16 && p.form == Form::Legacy {
+            let op = i.code().op_code();
+            let n = p.prefix_count as usize;
+            let has = p.prefixes[..n].contains(&0x66);
+            let want = match op.operand_size() {
+                _ if op.mandatory_prefix() == MandatoryPrefix::P66 => true,
+                16 => true,
+                32 => false,
+                _ => has,
+            };
+            if want && !has {
+                *p.prefixes.get_mut(n)? = 0x66;
+                p.prefix_count += 1;
+            } else if has && !want {
+                let at = p.prefixes[..n].iter().position(|&b| b == 0x66)?;
+                p.prefixes.copy_within(at + 1..n, at);
+                p.prefix_count -= 1;
+            }
+        }
+        Some(p)
     }
 
     /// The immediate bytes of this encoding.

@@ -126,6 +126,23 @@ pub struct Mapping {
     pub bits: u8,
 }
 
+/// What became of a miss.
+#[derive(Clone, Copy, Debug)]
+pub enum Filled {
+    /// The access will hit now.
+    Retry,
+    /// It must take the slow path.
+    Slow,
+    /// It faults.
+    Fault(Exception),
+}
+
+/// Bits of the info word of a miss, above the size: a store.
+pub const INFO_WRITE: u32 = 0x1000;
+/// A page fault of this access needs no further thought: no mask suppresses it,
+/// no alignment fault comes before it.
+pub const INFO_PLAIN: u32 = 0x2000;
+
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Who {
@@ -222,8 +239,9 @@ pub struct Region {
     /// 2 MiB ranges with entries that came from larger pages.
     large: Box<[u64; 8]>,
     huge: bool,
-    /// Mode bits for which the jump cache is valid.
+    /// Mode bits and base of CS for which the jump cache is valid.
     pub mode: u32,
+    pub cs_base: u64,
     /// PCID that owns a user region.
     pub owner: Option<u16>,
     pub last_use: u64,
@@ -434,6 +452,7 @@ impl Regions {
                     large: Box::new([0; 8]),
                     huge: false,
                     mode: u32::MAX,
+                    cs_base: 0,
                     owner: None,
                     last_use: 0,
                 });
@@ -703,21 +722,22 @@ impl Vcpu {
         true
     }
 
-    /// Translated code missed the table at `va`. False: take the slow path.
-    pub fn fill(&mut self, va: u64, info: u32) -> bool {
+    /// Translated code missed the table at `va`.
+    pub fn fill(&mut self, va: u64, info: u32) -> Filled {
         if self.cpu().pending.load(Ordering::Relaxed) != 0 {
-            return false;
+            return Filled::Slow;
         }
         let size = u64::from(info & 0xfff);
-        let write = info & 0x1000 != 0;
+        let write = info & INFO_WRITE != 0;
         if (va & 0xfff) + size > 4096 {
-            return false;
+            return Filled::Slow;
         }
         let kind = if write { Kind::Write } else { Kind::Read };
         let who = self.who();
         match self.walk(va, who, kind) {
-            Ok(m) => self.enter_tlb(va, &m, write),
-            Err(_) => false,
+            Ok(m) if self.enter_tlb(va, &m, write) => Filled::Retry,
+            Err(e) if e.vector == PF_ && info & INFO_PLAIN != 0 => Filled::Fault(e),
+            _ => Filled::Slow,
         }
     }
 
@@ -873,12 +893,19 @@ impl Vcpu {
         self.region = i;
         let mode = self.mode();
         let miss = self.stubs.lookup;
+        let cs_base = if self.cpu().code64() { 0 } else { self.cpu().seg[1].base };
         let r = &mut self.regions.all[i];
-        if r.mode != mode {
+        if r.mode != mode || r.cs_base != cs_base {
+            let moved = r.cs_base != cs_base;
             r.mode = mode;
+            r.cs_base = cs_base;
             r.flush_jc(miss);
+            if moved && i == 0 {
+                // The same rip is other code now.
+                self.code_moved();
+            }
         }
-        let base = r.base;
+        let base = self.regions.all[i].base;
         self.cpu_mut().region = base;
     }
 }

@@ -7,6 +7,7 @@
 //! it can.
 use crate::cpu::*;
 use crate::host;
+use crate::host::components;
 use crate::insn::{decode, reads, shape, writes, Parts};
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
@@ -15,7 +16,6 @@ use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess,
     OpKind, Register,
 };
-use std::arch::x86_64::__cpuid_count;
 use std::sync::atomic::Ordering;
 
 /// XSAVE header offset of XSTATE_BV.
@@ -226,8 +226,8 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
         | M::Cldemote
         | M::Pause
         | M::Prefetchit0
-        | M::Prefetchit1
-        | M::Reservednop => return Ok(Flow::Next),
+        | M::Prefetchit1 => return Ok(Flow::Next),
+        M::Reservednop if i.op0_kind() == OpKind::Memory => return Ok(Flow::Next),
         M::Clflush | M::Clflushopt | M::Clwb => {
             let (va, who) = (v.operand_address(i), v.data_access());
             v.load(va, 1, who)?;
@@ -279,18 +279,17 @@ fn lea(v: &mut Vcpu, i: &Instruction) -> Done {
 /// Bytes that an XSAVE or XRSTOR touches for the components in `m`.
 fn xsave_bytes(m: u64, compact: bool) -> usize {
     let mut size = 576;
-    for n in 2..63 {
-        if m & (1 << n) == 0 {
+    for (n, c) in components().iter().enumerate().skip(2) {
+        if m >> n & 1 == 0 {
             continue;
         }
-        let l = __cpuid_count(0xd, n);
         if compact {
-            if l.ecx & 2 != 0 {
+            if c.aligned {
                 size = (size + 63) & !63;
             }
-            size += l.eax as usize;
+            size += c.size;
         } else {
-            size = size.max((l.ebx + l.eax) as usize);
+            size = size.max(c.offset + c.size);
         }
     }
     size
@@ -387,9 +386,13 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if mask != 0 && misaligned(i, va, size) {
         return Err(gp());
     }
-    if size == 10 {
+    let kind = if writes(access) { Kind::Write } else { Kind::Read };
+    match size {
         // An x87 value goes as eight bytes and two.
-        v.check(va, 8, if writes(access) { Kind::Write } else { Kind::Read }, who)?;
+        10 => v.check(va, 8, kind, who)?,
+        // FXSAVE and FXRSTOR look at their last byte first.
+        512 => v.check(va.wrapping_add(511), 1, kind, who)?,
+        _ => {}
     }
     if writes(access) {
         for at in parts.clone() {
@@ -414,7 +417,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         // Host addresses of the last x87 instruction are none of the guest's business.
         match m {
             M::Fxsave | M::Fxsave64 => buffer[6..24].fill(0),
-            M::Fnstenv | M::Fnsave if size == 28 || size == 108 => buffer[12..28].fill(0),
+            M::Fnstenv | M::Fnsave if size == 28 || size == 108 => buffer[12..26].fill(0),
             M::Fnstenv | M::Fnsave => buffer[6..14].fill(0),
             _ => {}
         }
@@ -726,6 +729,9 @@ fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
     }
     let insn = decode(&swapped[..n], mode::bits(v.mode()), i.ip());
     let compact_save = matches!(m, M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64);
+    // Processors look at the last byte of the legacy region first.
+    let kind = if is_xsave(m) { Kind::Write } else { Kind::Read };
+    v.check(va.wrapping_add(511), 1, kind, who)?;
     let mut buffer = [0u8; 4096];
     let mut size = 576;
     if is_xrstor(m) {

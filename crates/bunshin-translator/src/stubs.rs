@@ -147,6 +147,21 @@ impl Stubs {
             a.jmp_gs(at::RESUME);
         });
 
+        // Go on at the code in rax with all of the state from memory.
+        let resume_at = put(&mut |a| {
+            a.mov(S2, RAX);
+            a.load(RAX, at::REGION_BASE);
+            wrgsbase(a, RAX);
+            a.cmp32_imm8(at::PENDING, 0);
+            let quiet = a.jcc_short(4);
+            exit_with(a, exit::EVENT);
+            a.land(quiet);
+            restore(a, &KEPT);
+            restore(a, &VOLATILE[1..]);
+            lazy_to_flags(a);
+            a.b(&[0x41, 0xff, 0xe2]); // jmp r10
+        });
+
         let miss = |a: &mut Asm, flags: bool, group: bool| {
             if flags {
                 flags_to_lazy(a);
@@ -156,6 +171,8 @@ impl Stubs {
             }
             // A group may hold its address there.
             a.store(at::GROUP, S2);
+            a.b(&[0x48, 0x8b, 0x04, 0x24]); // mov rax, [rsp]
+            a.store(at::HOST_PC, RAX);
             xmm(a, true);
             a.load(7, at::VCPU);
             a.mov(6, S0);
@@ -164,14 +181,25 @@ impl Stubs {
             a.call_gs(at::FN_FILL);
             a.b(&[0x48, 0x83, 0xc4, 8]);
             xmm(a, false);
-            a.b(&[0x85, 0xc0]); // test eax, eax
             let slow = if group {
                 // Past the jump back: to the version without groups.
+                a.b(&[0x85, 0xc0]); // test eax, eax
                 let filled = a.jcc_short(5);
                 a.b(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword [rsp], 5
                 a.land(filled);
                 None
             } else {
+                a.b(&[0x48, 0x83, 0xf8, 2]); // cmp rax, 2
+                let served = a.jcc_short(2);
+                // The access faulted and the fault was delivered.
+                save(a, &KEPT);
+                let inside = a.jcc_short(5);
+                a.jmp_abs(leave_at);
+                a.land(inside);
+                a.b(&[0x59]); // pop rcx
+                a.jmp_abs(resume_at);
+                a.land(served);
+                a.b(&[0x85, 0xc0]); // test eax, eax
                 Some(a.jcc_short(4))
             };
             a.cmp32_imm8(at::PENDING, 0);
@@ -186,8 +214,6 @@ impl Stubs {
                 a.land(slow);
             }
             a.land(event);
-            a.pop(RAX);
-            a.store(at::HOST_PC, RAX);
             save(a, &KEPT);
             exit_with(a, exit::SLOW);
         };
@@ -255,17 +281,7 @@ impl Stubs {
             let jumps = a.jcc_short(7); // above: code to go on at
             a.load(RAX, at::HOST_PC);
             a.land(jumps);
-            a.mov(S2, RAX);
-            a.load(RAX, at::REGION_BASE);
-            wrgsbase(a, RAX);
-            a.cmp32_imm8(at::PENDING, 0);
-            let quiet = a.jcc_short(4);
-            exit_with(a, exit::EVENT);
-            a.land(quiet);
-            restore(a, &KEPT);
-            restore(a, &VOLATILE[1..]);
-            lazy_to_flags(a);
-            a.b(&[0x41, 0xff, 0xe2]);
+            a.jmp_abs(resume_at);
         };
         s.helper = put(&mut |a| {
             flags_to_lazy(a);

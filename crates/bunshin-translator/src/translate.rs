@@ -39,17 +39,15 @@ use crate::block::{Block, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
-use crate::mmu::{Exception, Kind};
+use crate::mmu::{Exception, Kind, INFO_PLAIN, INFO_WRITE};
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
-    Code, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M, OpAccess, OpKind,
-    Register,
+    Code, CpuidFeature, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M,
+    OpAccess, OpKind, Register,
 };
 
 /// Most guest instructions in a block.
 const MOST: usize = 64;
-/// Bit of the info word that says store.
-pub const INFO_WRITE: u32 = 0x1000;
 
 /// Where the guest's arithmetic flags are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -237,6 +235,16 @@ fn accesses_ahead(items: &[Item]) -> usize {
 
 fn near(i: &Instruction) -> bool {
     matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+}
+
+/// Nothing comes before a page fault of the instruction or takes it away: no
+/// mask, no pending x87 exception.
+fn faults_plainly(i: &Instruction) -> bool {
+    let x87 = i.cpuid_features().iter().any(|f| {
+        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
+    });
+    let mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
+    !x87 && !mmx && i.op_mask() == Register::None
 }
 
 /// How a block ends, so far as the decoder can tell.
@@ -744,7 +752,16 @@ impl Unit<'_> {
             self.a.mov(RCX, S2);
         }
         self.locate(place, from);
-        self.a.mov_imm(S1, span as u64 | if write { u64::from(INFO_WRITE) } else { 0 });
+        let plain =
+            span < 16 && !grouped && self.items.get(self.now).is_some_and(|i| faults_plainly(&i.insn));
+        let mut info = span as u32;
+        if write {
+            info |= INFO_WRITE;
+        }
+        if plain {
+            info |= INFO_PLAIN;
+        }
+        self.a.mov_imm(S1, info.into());
         let stubs = self.v.stubs;
         self.a.call_abs(match (grouped, keep) {
             (false, false) => stubs.miss,
@@ -899,7 +916,7 @@ impl Unit<'_> {
     /// Where the site with its rel32 at `patch` goes while it is not linked;
     /// `stub` is here.
     fn site_stub(&mut self, patch: Label, stub: Label, target: u64, alone: bool) {
-        let far = target & !0xfff != self.rip & !0xfff;
+        let far = !self.same_page(target);
         self.sites.push((patch, stub, target, far, alone));
         let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
         self.a.mov_imm(S0, target);
@@ -907,16 +924,30 @@ impl Unit<'_> {
         self.a.jmp_abs(self.v.stubs.link);
     }
 
+    /// In this block's page, so that it moves only with it.
+    fn same_page(&self, target: u64) -> bool {
+        self.mode & mode::BASED == 0 && target & !0xfff == self.rip & !0xfff
+    }
+
+    /// Supervisor text keeps its place; when any of it moves, `unlink_far`
+    /// undoes links between pages. User pages differ from process to process.
+    fn linkable(&self, target: u64) -> bool {
+        self.same_page(target) || self.mode & mode::USER == 0
+    }
+
+    /// A linked jump backwards in a block that an event would not stop: every
+    /// loop has one that looks.
+    fn turns(&self, target: u64) -> bool {
+        !self.probed && target <= self.rip && self.linkable(target)
+    }
+
     /// Go on at a known address; flags are in the host.
     fn exit_to(&mut self, target: u64) {
         let target = self.cut(target);
-        let same = target & !0xfff == self.rip & !0xfff;
-        if !self.probed && target <= self.rip && same {
+        if self.turns(target) {
             self.poll(target);
         }
-        // Supervisor text keeps its place; when any of it moves, `unlink_far`
-        // undoes these links. User pages differ from process to process.
-        if same || (self.mode & mode::USER == 0) {
+        if self.linkable(target) {
             self.site(target);
         } else {
             self.a.mov_imm(S0, target);
@@ -1013,8 +1044,11 @@ impl Unit<'_> {
             | M::Endbr64
             | M::Cldemote
             | M::Prefetchit0
-            | M::Prefetchit1
-            | M::Reservednop => {}
+            | M::Prefetchit1 => {}
+            // Without memory some vendors refuse it.
+            M::Reservednop if i.op0_kind() == OpKind::Memory => {}
+            // A REX prefix would make it an exchange.
+            M::Pause => self.a.b(&[0xf3, 0x90]),
             M::Clflush | M::Clflushopt | M::Clwb => {
                 // Nothing to flush, but it faults as a load does.
                 self.probe(Place::Operand(i), 1, false, live_before);
@@ -1208,7 +1242,7 @@ impl Unit<'_> {
                     }
                     _ => {
                         self.flags_to_host(S2, ALL);
-                        if !self.probed && target <= self.rip && target & !0xfff == self.rip & !0xfff {
+                        if self.turns(target) {
                             // keep the poll off the way that falls through
                             let cc = i.condition_code() as u8 - 1;
                             let taken = self.a.jcc_short(cc ^ 1);
@@ -1272,11 +1306,10 @@ impl Unit<'_> {
 
     /// `jcc` to `target`, linked if it can be.
     fn conditional(&mut self, cc: u8, target: u64) {
-        let same = target & !0xfff == self.rip & !0xfff;
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
         self.a.jcc(cc, cold);
         let Label(s, n) = self.a.here();
-        if same || self.mode & mode::USER == 0 {
+        if self.linkable(target) {
             self.a.section(Section::Cold);
             self.site_stub(Label(s, n - 4), cold, target, false);
         } else {
@@ -1331,7 +1364,7 @@ impl Unit<'_> {
         let s = shape(i.code());
         let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
             || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Xlatb);
-        let p = match Parts::new(bytes, self.bits) {
+        let p = match Parts::of(i, bytes, self.bits) {
             Some(p) if !s.vsib => p,
             _ => return self.helper(i),
         };

@@ -4,7 +4,7 @@ use crate::block::{Blocks, NumberMap};
 use crate::cache::CodeCache;
 use crate::cpu::{exit, Cpu, NO_SITE, TF};
 use crate::interp::{self, Flow, Helper};
-use crate::mmu::{Exception, Phys, Regions, Trap, Who};
+use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who};
 use crate::stubs::Stubs;
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
@@ -210,6 +210,8 @@ unsafe impl Send for Vcpu {}
 
 /// Room that one translation may need, bytes.
 const ROOM: usize = 1 << 16;
+/// Most blocks, dead ones included, before everything is translated afresh.
+const BLOCKS: usize = 400_000;
 /// Code cache, bytes.
 const CACHE: usize = 96 << 20;
 
@@ -426,7 +428,7 @@ impl Vcpu {
     fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
         let mut site = site;
         let alone = self.is_alone(site);
-        if self.cache.room() < ROOM {
+        if self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS {
             self.flush_code();
             site = NO_SITE;
         }
@@ -788,9 +790,26 @@ impl Drop for Vcpu {
 // They run with the guest's vector registers live above bit 127, so they must
 // not call anything that uses AVX, such as the C library's memcpy.
 
-extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u32 {
+/// 0: take the slow path; 1: try again; 2: leave, `cpu.exit` says why; else
+/// code to go on at.
+extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
     v.counters.tlb_fills += 1;
-    u32::from(v.fill(va, info))
+    match v.fill(va, info) {
+        Filled::Slow => 0,
+        Filled::Retry => 1,
+        Filled::Fault(e) => {
+            // Frames of other modes are rarer, and built with allocations.
+            if !v.cpu().long_mode() || v.cpu().eflags & TF != 0 {
+                return 0;
+            }
+            v.locate_rip();
+            v.deliver(e);
+            match go_on(v) {
+                1 => 2,
+                code => code,
+            }
+        }
+    }
 }
 
 extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
@@ -826,10 +845,6 @@ extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
         Ok(Flow::Jump) => go_on(v),
         Err(Trap::Fault(e)) => {
             v.deliver(e.settle(insn));
-            if v.fatal.is_some() {
-                v.cpu_mut().exit = exit::EVENT;
-                return 1;
-            }
             go_on(v)
         }
         Err(_) => {
@@ -843,8 +858,9 @@ extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
 
 fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
+    let failed = v.fatal.is_some();
     let c = v.cpu_mut();
-    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 {
+    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 || failed {
         c.exit = exit::EVENT;
         return 1;
     }

@@ -25,6 +25,7 @@ impl Vcpu {
     /// Deliver an exception, a double fault if that fails, shutdown if that fails too.
     pub fn deliver(&mut self, e: Exception) {
         self.counters.exceptions += 1;
+        self.cpu_mut().shadow = 0;
         let mut e = e;
         if let (PF_, Some(a)) = (e.vector, e.address) {
             self.cpu_mut().cr2 = a;

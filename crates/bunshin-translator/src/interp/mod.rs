@@ -296,9 +296,8 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
         | M::Wrussq
         | M::Setssbsy
         | M::Clrssbsy => true,
-        M::Inc | M::Dec => {
-            bits != 64 && i.len() == 1 + usize::from(i.code() == Code::Inc_r16 || i.code() == Code::Dec_r16)
-        }
+        // The one-byte forms are REX prefixes in 64-bit code.
+        M::Inc | M::Dec => matches!(i.code(), Code::Inc_r16 | Code::Inc_r32 | Code::Dec_r16 | Code::Dec_r32),
         _ => false,
     }
 }
