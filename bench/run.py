@@ -181,16 +181,12 @@ def compare(setup: Setup, section: str, options: argparse.Namespace) -> dict[str
     rounds: dict[str, list[Run]] = {platform: [] for platform in setup.platforms}
     for number in range(options.runs):
         for platform in setup.platforms:
-            print(
-                f"\r{section}: round {number + 1} of {options.runs}, {platform:8}",
-                end="",
-                file=sys.stderr,
-            )
+            progress(f"{section}: round {number + 1} of {options.runs}, {platform}")
             if platform == "native":
                 rounds[platform].append(native(script))
             else:
                 rounds[platform].append(start(setup, platform, initrd))
-    print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
+    progress("")
     # Natively the system section also waits, which is no sign of a busy host.
     values = {
         platform: medians(runs, correct=platform != "native" or section == "cpu")
@@ -198,6 +194,8 @@ def compare(setup: Setup, section: str, options: argparse.Namespace) -> dict[str
     }
     report(values)
     for platform, runs in rounds.items():
+        if platform == "native" and section == "real":
+            continue  # a script with children, whose time is not read
         shares = [figure.share for r in runs for figure in r.figures.values()]
         print(f"{platform} had {statistics.median(shares):.0%} of a processor (median)")
     check_sums({platform: runs[0].sums for platform, runs in rounds.items()})
@@ -276,6 +274,12 @@ def check_sums(sums: dict[str, dict[str, str]]) -> None:
         found = {platform: got.get(name, "missing") for platform, got in sums.items()}
         agree = len(set(found.values())) == 1 and "BAD" not in found.values()
         print(f"checksum {name}: " + ("the same everywhere" if agree else f"DIFFERENT: {found}"))
+
+
+def progress(text: str) -> None:
+    """Say on a terminal what runs now; an empty text takes it away."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
 def table(rows: list[list[str]]) -> None:

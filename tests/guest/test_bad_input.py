@@ -75,7 +75,7 @@ def test_damaged_kernel(command: Command, tmp_path: Path, tiny: dict[str, str]) 
     data[middle : middle + 4096] = random.Random(1).randbytes(4096)
     path = tmp_path / "vmlinuz"
     path.write_bytes(data)
-    done = command("run", "--kernel", str(path), "--timeout", "20")
+    done = command("run", "--kernel", str(path), "--timeout", "5")
     # A flaw that the compression does not notice may reach the guest.
     assert done.returncode in {IMAGE, 3, 4, 5, TIMEOUT}
 
@@ -275,7 +275,7 @@ def test_jump_into_nowhere(hostile: Callable[..., Run], target: int) -> None:
 
 
 def test_jump_to_zeroes_runs_off_the_end_of_memory(hostile: Callable[..., Run]) -> None:
-    run = hostile(STACK + NO_IDT + b"\xb8\x00\x00\x20\x00\xff\xe0", "--timeout", "30")
+    run = hostile(STACK + NO_IDT + b"\xb8\x00\x00\xf0\x03\xff\xe0", "--timeout", "30")
     assert run.returncode in {TRIPLE_FAULT, 7, TIMEOUT}
 
 
