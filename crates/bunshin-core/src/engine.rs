@@ -93,6 +93,10 @@ pub trait Vcpu: Send {
     fn state(&mut self) -> CpuState;
     /// Replace the state.
     fn set_state(&mut self, state: &CpuState) -> Result<()>;
+    /// Set the time-stamp counter. The guest's other clocks and timers that the
+    /// engine keeps move with it: a counter set back to what it was at the start
+    /// of a pause leaves the guest without a trace of the pause.
+    fn set_tsc(&mut self, tsc: u64);
     /// A handle that kicks this processor.
     fn kicker(&self) -> Arc<dyn Kicker>;
     /// Translate a guest-virtual address as supervisor data; None if unmapped.

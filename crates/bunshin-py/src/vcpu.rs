@@ -250,6 +250,11 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Set the time-stamp counter, and the guest's clocks with it.
+    fn set_tsc(&self, tsc: u64) -> PyResult<()> {
+        self.lock()?.call(|vcpu| vcpu.set_tsc(tsc)).map_err(panicked)
+    }
+
     /// Make `run` return KICKED soon; any thread.
     fn kick(&self, py: Python<'_>) {
         py.allow_threads(|| self.kicker.kick());

@@ -98,7 +98,7 @@ pub struct Blocks {
     /// In order of host address.
     pub all: Vec<Block>,
     pub index: NumberMap<Key, u32>,
-    /// Live blocks by page (index in `Phys::info`).
+    /// Live blocks by page (index in `Phys::code`).
     pub by_page: NumberMap<usize, Vec<u32>>,
     pub sites: Vec<Site>,
     /// First of the linked sites that cross pages.
@@ -255,12 +255,12 @@ impl Vcpu {
     /// drop the translations that were made from it.
     pub fn code_changed(&mut self, gpa: u64, length: u64) {
         let Some(page) = self.phys.page(gpa) else { return };
-        if !self.phys.info[page].code {
+        if !self.phys.code[page] {
             return;
         }
         self.counters.code_writes += 1;
         let Some(mut ids) = self.blocks.by_page.remove(&page) else {
-            self.phys.info[page].code = false;
+            self.phys.code[page] = false;
             return;
         };
         let (from, to) = (gpa & 0xfff, (gpa & 0xfff) + length);
@@ -284,7 +284,7 @@ impl Vcpu {
             }
         }
         if ids.is_empty() {
-            self.phys.info[page].code = false;
+            self.phys.code[page] = false;
         } else {
             self.blocks.by_page.insert(page, ids);
         }
@@ -292,13 +292,13 @@ impl Vcpu {
 
     /// Forget every translation.
     pub fn flush_code(&mut self) {
+        for &page in self.blocks.by_page.keys() {
+            self.phys.code[page] = false;
+        }
         self.blocks = Blocks::default();
         self.helpers.clear();
         self.snippets.clear();
         self.cache.flush();
-        for p in &mut self.phys.info {
-            p.code = false;
-        }
         let miss = self.stubs.lookup;
         for r in &mut self.regions.all {
             r.flush_jc(miss);

@@ -8,6 +8,9 @@ use bunshin_core::{
 };
 use std::sync::{Arc, Mutex, OnceLock};
 
+/// Most guest memory, bytes.
+const MEMORY: u64 = 1 << 40;
+
 /// An address whose writes signal an eventfd.
 #[derive(Clone, Copy)]
 pub struct Doorbell {
@@ -103,6 +106,14 @@ impl Engine for TranslatorEngine {
                 "memory is mapped before the first processor is taken",
             ));
         }
+        let total = length.saturating_add(self.memory.slots().iter().map(|s| s.length).sum());
+        if total > MEMORY {
+            let (most, asked) = (MEMORY >> 30, total >> 30);
+            return Err(EngineError::new(
+                "memory-size",
+                format!("{asked} GiB of guest memory, the translator takes at most {most} GiB"),
+            ));
+        }
         self.memory.map(gpa, region, offset, length, readonly)
     }
 
@@ -172,6 +183,10 @@ impl Vcpu for Handle {
 
     fn set_state(&mut self, state: &CpuState) -> Result<()> {
         self.0.set_state(state)
+    }
+
+    fn set_tsc(&mut self, tsc: u64) {
+        self.0.set_tsc(tsc);
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -162,8 +162,11 @@ pub enum Kind {
 /// Guest RAM as the processor sees it.
 pub struct Phys {
     pub slots: Vec<PhysSlot>,
-    /// One for each page of every slot.
-    pub info: Vec<PageInfo>,
+    /// For each page of every slot: translations were made from it.
+    pub code: Vec<bool>,
+    /// For each page: which table holds a store tag for it. 0 none, else
+    /// 1 + (region << 16 | index), or `MANY`.
+    pub hints: Vec<u32>,
 }
 
 pub struct PhysSlot {
@@ -171,17 +174,9 @@ pub struct PhysSlot {
     pub end: u64,
     pub host: u64,
     pub readonly: bool,
-    /// Index of its first page in `Phys::info`.
+    /// Index of its first page in `Phys::code`.
     pub first: usize,
     _keep: Slot,
-}
-
-#[derive(Clone, Copy, Default)]
-pub struct PageInfo {
-    /// Translations were made from this page.
-    pub code: bool,
-    /// A table holds a store tag for it: 0 none, else 1 + (region << 16 | index).
-    pub store_hint: u32,
 }
 
 const MANY: u32 = u32::MAX;
@@ -204,7 +199,8 @@ impl Phys {
                 p
             })
             .collect();
-        Self { slots, info: vec![PageInfo::default(); first] }
+        // Both come as untouched zero pages, however much memory the guest has.
+        Self { slots, code: vec![false; first], hints: vec![0; first] }
     }
 
     #[inline]
@@ -675,7 +671,7 @@ impl Vcpu {
         let host = s.host + (m.gpa - s.gpa);
         let page = s.first + ((m.gpa - s.gpa) >> 12) as usize;
         let readonly = s.readonly;
-        let store = m.store && !readonly && !self.phys.info[page].code;
+        let store = m.store && !readonly && !self.phys.code[page];
         if write && !store {
             return false;
         }
@@ -715,7 +711,7 @@ impl Vcpu {
             self.regions.cpu_mut().kuser += 1;
         }
         if store {
-            let hint = &mut self.phys.info[page].store_hint;
+            let hint = &mut self.phys.hints[page];
             let mine = 1 + ((region as u32) << 16 | u32::from(index));
             *hint = if *hint == 0 || *hint == mine { mine } else { MANY };
         }
@@ -763,7 +759,7 @@ impl Vcpu {
         }
         let host = match self.phys.slot(gpa) {
             Some(s) if kind != Kind::Write => Some(s.host + (gpa - s.gpa)),
-            Some(s) if !s.readonly && !self.phys.info[s.first + ((gpa - s.gpa) >> 12) as usize].code => {
+            Some(s) if !s.readonly && !self.phys.code[s.first + ((gpa - s.gpa) >> 12) as usize] => {
                 Some(s.host + (gpa - s.gpa))
             }
             _ => None,
@@ -773,9 +769,8 @@ impl Vcpu {
 
     /// The first translation of a page: no table may let stores through.
     pub fn protect_page(&mut self, page: usize, host: u64) {
-        let info = &mut self.phys.info[page];
-        info.code = true;
-        let hint = std::mem::take(&mut info.store_hint);
+        self.phys.code[page] = true;
+        let hint = std::mem::take(&mut self.phys.hints[page]);
         if hint == MANY {
             for r in &mut self.regions.all {
                 for &i in &r.used {

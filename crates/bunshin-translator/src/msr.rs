@@ -198,6 +198,18 @@ impl Vcpu {
         self.write_kvm_clock();
     }
 
+    /// As `bunshin_core::Vcpu::set_tsc`; the chipset follows the first processor.
+    pub fn set_tsc(&mut self, tsc: u64) {
+        let offset = tsc.wrapping_sub(clock::rdtsc());
+        let ticks = self.cpu().tsc_offset.wrapping_sub(offset) as i64;
+        let lost = (i128::from(ticks) * 1_000_000_000 / i128::from(clock::tsc_hz())) as i64;
+        self.boot_ns = self.boot_ns.saturating_add_signed(lost);
+        if self.index == 0 {
+            self.chips.delay(lost);
+        }
+        self.set_tsc_offset(offset);
+    }
+
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) {
         for (k, chunk) in bytes.chunks(8).enumerate() {
             let at = gpa + 8 * k as u64;

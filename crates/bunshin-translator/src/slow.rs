@@ -383,16 +383,27 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let (mask, n) = element_mask(v, i).unwrap_or((1, size));
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
+    if size == 512 {
+        v.check_end(va, 2)?;
+    }
     if mask != 0 && misaligned(i, va, size) {
         return Err(gp());
     }
     let kind = if writes(access) { Kind::Write } else { Kind::Read };
-    match size {
-        // An x87 value goes as eight bytes and two.
-        10 => v.check(va, 8, kind, who)?,
-        // FXSAVE and FXRSTOR look at their last byte first.
-        512 => v.check(va.wrapping_add(511), 1, kind, who)?,
-        _ => {}
+    // What long x87 operands look at before the rest: so many bytes of the
+    // start, and the last one.
+    let (first, last) = match size {
+        10 => (8, false),
+        14 | 94 => (2, true),
+        28 | 108 => (4, true),
+        512 => (0, true),
+        _ => (0, false),
+    };
+    if first > 0 {
+        v.check(va, first, kind, who)?;
+    }
+    if last {
+        v.check(v.operand_behind(i, size as u64 - 1), 1, kind, who)?;
     }
     if writes(access) {
         for at in parts.clone() {
@@ -729,34 +740,32 @@ fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
     }
     let insn = decode(&swapped[..n], mode::bits(v.mode()), i.ip());
     let compact_save = matches!(m, M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64);
-    // Processors look at the last byte of the legacy region first.
+    // Processors look at the first byte and the last before the rest.
     let kind = if is_xsave(m) { Kind::Write } else { Kind::Read };
-    v.check(va.wrapping_add(511), 1, kind, who)?;
+    v.check(va, 1, kind, who)?;
     let mut buffer = [0u8; 4096];
-    let mut size = 576;
+    let size;
     if is_xrstor(m) {
-        v.read_as(va, &mut buffer[..576], who)?;
+        v.read_as(va.wrapping_add(512), &mut buffer[512..576], who)?;
         let xcomp = u64::from_le_bytes(buffer[XCOMP_BV..XCOMP_BV + 8].try_into().unwrap());
         let xstate = u64::from_le_bytes(buffer[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
         let compact = xcomp >> 63 != 0;
         let all = xcomp & !(1 << 63);
-        if supervisor && !compact || xstate & !v.cpu().xcr0 != 0 || compact && all & !v.cpu().xcr0 != 0 {
+        let reserved = if compact { 528..576 } else { 520..536 };
+        if supervisor && !compact
+            || (xstate | all) & !v.cpu().xcr0 != 0
+            || compact && xstate & !all != 0
+            || buffer[reserved].iter().any(|&b| b != 0)
+        {
             return Err(gp());
         }
-        size = if compact { xsave_bytes(all, true) } else { xsave_bytes(rfbm & xstate, false) };
-        if size > 576 {
-            let (a, b) = (va.wrapping_add(576), &mut buffer[576..size]);
-            v.read_as(a, b, who)?;
-        }
+        size = if compact { xsave_bytes(all, true) } else { xsave_bytes(rfbm, false) };
     } else {
-        size = size.max(xsave_bytes(rfbm, compact_save));
-        let mut at = 0;
-        while at < size {
-            v.access(va.wrapping_add(at as u64), 1, Kind::Write, who)?;
-            at += 4096 - (va as usize + at) % 4096;
-        }
-        v.read_as(va, &mut buffer[..size], who)?;
+        size = xsave_bytes(rfbm, compact_save);
     }
+    v.check(va.wrapping_add(size as u64 - 1), 1, kind, who)?;
+    v.check(va, size, kind, who)?;
+    v.read_as(va, &mut buffer[..size], who)?;
     v.cpu_mut().bounce.0[..size].copy_from_slice(&buffer[..size]);
     v.cpu_mut().gpr[0] = rfbm & 0xffff_ffff;
     v.cpu_mut().gpr[2] = rfbm >> 32;
@@ -869,6 +878,8 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
         v.set_vector(vector_number(vex_mask), &vmask);
     }
     match failed {
+        // What was done traps first; the rest comes when it runs again.
+        Some(_) if moved && v.cpu().eflags & TF != 0 => Ok(Flow::Jump),
         Some(e) => Err(e),
         None => Ok(Flow::Next),
     }

@@ -415,7 +415,7 @@ impl Vcpu {
             [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten()
         {
             self.blocks.by_page.entry(page).or_default().push(id);
-            if !self.phys.info[page].code {
+            if !self.phys.code[page] {
                 let host = self.phys.host(gpa & !0xfff).unwrap();
                 self.protect_page(page, host);
             }

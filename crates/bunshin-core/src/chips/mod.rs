@@ -421,6 +421,16 @@ impl Chips {
         });
     }
 
+    /// Let everything that counts on the host's clock be due `ns` later.
+    pub fn delay(&self, ns: i64) {
+        self.change(|inner| {
+            let to = |time: u64| time.saturating_add_signed(ns);
+            inner.lapics.iter_mut().for_each(|lapic| lapic.rebase(to));
+            inner.pit.rebase(to);
+            (0..inner.lapics.len()).for_each(|cpu| inner.time(cpu as u32));
+        });
+    }
+
     /// Drive an interrupt line; `level` says whether the device asserts it.
     /// GSIs that do not exist are ignored.
     pub fn set_irq(&self, gsi: u32, level: bool) {

@@ -326,6 +326,28 @@ fn tsc_deadline_uses_the_offset() {
 }
 
 #[test]
+fn what_counts_on_the_host_clock_can_be_delayed() {
+    let m = Machine::new(1);
+    m.redirect(2, 0x30, 0);
+    for (port, value) in [(0x43, 0x34), (0x40, 0xA9), (0x40, 0x04)] {
+        m.out(port, value);
+    }
+    let pit = m.chips.next_deadline_ns(0).unwrap();
+    m.chips.delay(5_000_000_000);
+    assert_eq!(m.chips.next_deadline_ns(0), Some(pit + 5_000_000_000));
+    assert_eq!(m.kicked(0), 2, "the processor sleeps until another moment now");
+    m.chips.tick(0, pit);
+    assert_eq!(m.chips.ack(0), None);
+
+    m.write(0, LVT_TIMER, 0x40);
+    m.write(0, LAPIC + 0x3E0, 0xB);
+    m.write(0, LAPIC + 0x380, 1_000_000);
+    let lapic = m.chips.next_deadline_ns(0).unwrap();
+    m.chips.delay(-1000);
+    assert_eq!(m.chips.next_deadline_ns(0), Some(lapic - 1000));
+}
+
+#[test]
 fn state_round_trip_makes_no_edge() {
     let m = Machine::new(2);
     m.pic_ready();
