@@ -139,7 +139,8 @@ impl Parts {
             }
             _ => {
                 p.payload[0] = rex;
-                p.opcode[0] = b;
+                // 82 is an alias of 80 that 64-bit code lacks.
+                p.opcode[0] = if b == 0x82 { 0x80 } else { b };
                 p.opcode_len = 1;
                 i += 1;
             }

@@ -15,7 +15,7 @@ use crate::cpu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::memory::Slot;
 use bunshin_core::{EngineError, Exit, Result};
-use iced_x86::{Instruction, OpKind, Register};
+use iced_x86::{CodeSize, Instruction, OpKind, Register};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 /// A processor exception about to be delivered.

@@ -744,8 +744,7 @@ fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
     let kind = if is_xsave(m) { Kind::Write } else { Kind::Read };
     v.check(va, 1, kind, who)?;
     let mut buffer = [0u8; 4096];
-    let size;
-    if is_xrstor(m) {
+    let size = if is_xrstor(m) {
         v.read_as(va.wrapping_add(512), &mut buffer[512..576], who)?;
         let xcomp = u64::from_le_bytes(buffer[XCOMP_BV..XCOMP_BV + 8].try_into().unwrap());
         let xstate = u64::from_le_bytes(buffer[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
@@ -759,10 +758,14 @@ fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
         {
             return Err(gp());
         }
-        size = if compact { xsave_bytes(all, true) } else { xsave_bytes(rfbm, false) };
+        if compact {
+            xsave_bytes(all, true)
+        } else {
+            xsave_bytes(rfbm, false)
+        }
     } else {
-        size = xsave_bytes(rfbm, compact_save);
-    }
+        xsave_bytes(rfbm, compact_save)
+    };
     v.check(va.wrapping_add(size as u64 - 1), 1, kind, who)?;
     v.check(va, size, kind, who)?;
     v.read_as(va, &mut buffer[..size], who)?;

@@ -269,15 +269,18 @@ impl Vcpu {
         let host = self.phys.host(gpa & !0xfff).unwrap();
         let mode = self.mode() | if alone { mode::ALONE } else { 0 };
         let bits = mode::bits(mode);
-        // SAFETY: a page of guest RAM; the copy keeps decoder and writer apart.
-        let mut window: Vec<u8> = unsafe { std::slice::from_raw_parts(host as *const u8, 4096) }.to_vec();
+        // A copy: what is decoded must be what is written, whoever changes it now.
+        let mut window = std::mem::take(&mut self.window);
+        window.clear();
+        // SAFETY: a page of guest RAM.
+        window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
         let start = (va & 0xfff) as usize;
 
         let mut items: Vec<Item> = Vec::with_capacity(16);
+        let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
         {
             let mut d = decoder(&window[start..], bits, rip);
-            let mut factory = InstructionInfoFactory::new();
             while items.len() < MOST && d.can_decode() {
                 let at = start + d.position();
                 let insn = d.decode();
@@ -304,7 +307,7 @@ impl Vcpu {
             window.extend_from_slice(&rest);
             second = Some(m2.gpa);
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
-            items.push(Item::new(insn, start, &mut InstructionInfoFactory::new()));
+            items.push(Item::new(insn, start, &mut factory));
         }
         let limit = if second.is_some() { window.len() } else { 4096 };
         let mut u = Unit {
@@ -319,7 +322,7 @@ impl Vcpu {
             sites: Vec::new(),
             relied: Vec::new(),
             live_out: ALL,
-            info: InstructionInfoFactory::new(),
+            info: factory,
             probed: false,
             ahead: 0,
             group: None,
@@ -368,8 +371,10 @@ impl Vcpu {
             u.exit_to(last.next_ip());
         }
         let guest_length = (last.next_ip().wrapping_sub(rip) as u16).max(1);
-        let Unit { a, points, sites, relied, .. } = u;
+        let Unit { a, points, sites, relied, info, .. } = u;
         self.asm = a;
+        self.factory = Some(info);
+        self.window = window;
         let at = self.cache.next();
         let length = self.asm.length();
         let out = self.cache.take(length);

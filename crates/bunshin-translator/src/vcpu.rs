@@ -9,7 +9,7 @@ use crate::stubs::Stubs;
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
-use iced_x86::{Instruction, Mnemonic as M};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -168,7 +168,10 @@ pub struct Vcpu {
     pub helpers: Vec<HelperEntry>,
     /// Single instructions with their operand in the bounce buffer, by bytes.
     pub snippets: NumberMap<u128, u64>,
+    /// Kept from one translation to the next for their memory.
     pub asm: Asm,
+    pub window: Vec<u8>,
+    pub factory: Option<InstructionInfoFactory>,
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
     pub counters: Counters,
@@ -259,6 +262,8 @@ impl Vcpu {
             helpers: Vec::new(),
             snippets: NumberMap::default(),
             asm: Asm::default(),
+            window: Vec::new(),
+            factory: None,
             chips,
             shared: made,
             counters: Counters::default(),
@@ -394,12 +399,15 @@ impl Vcpu {
                 return e;
             }
         }
+        let mut first = true;
         loop {
-            if let Some(e) = self.events() {
-                return e;
-            }
-            if self.cpu().halted != 0 {
-                continue;
+            if std::mem::take(&mut first) || self.eventful() {
+                if let Some(e) = self.events() {
+                    return e;
+                }
+                if self.cpu().halted != 0 {
+                    continue;
+                }
             }
             if self.cpu().eflags & TF != 0 {
                 if let Some(e) = self.step() {
@@ -470,15 +478,16 @@ impl Vcpu {
                         (h.insn, h.helper)
                     };
                     let resume = self.cpu().host_pc;
-                    let killed = self.counters.killed;
+                    let before = (self.counters.killed, self.counters.cache_flushes);
                     match self.perform(&insn, helper) {
                         Ok(true) => {
                             if !self.outbox.is_empty() || self.cpu().halted != 0 {
                                 return self.outbox.pop_front();
                             }
-                            // The instruction may have written over what follows it.
+                            // The instruction may have written over what follows it, or its
+                            // snippet may have found the cache full.
                             if self.cpu().pending.load(Ordering::Relaxed) != 0
-                                || self.counters.killed != killed
+                                || (self.counters.killed, self.counters.cache_flushes) != before
                             {
                                 return None;
                             }
@@ -676,6 +685,15 @@ impl Vcpu {
 
     // --- events -----------------------------------------------------------------
 
+    /// There may be something for `events` to do.
+    fn eventful(&self) -> bool {
+        let c = self.cpu();
+        c.pending.load(Ordering::Relaxed) != 0
+            || c.halted != 0
+            || c.irq_waiting != 0 && c.iflag != 0
+            || self.fatal.is_some()
+    }
+
     /// Kicks, timers, changed memory, interrupts; HLT waits here.
     fn events(&mut self) -> Option<Exit> {
         loop {
@@ -710,6 +728,7 @@ impl Vcpu {
                         self.cpu_mut().halted = 0;
                         self.counters.interrupts += 1;
                         self.interrupt_now(vector);
+                        self.cpu_mut().irq_waiting = self.chips.pending(self.index).into();
                     }
                 } else {
                     self.cpu_mut().irq_waiting = 1;

@@ -68,7 +68,9 @@ impl Vcpu {
         if let Err(t) = self.event(vector, None, Source::Hardware, rip, 0) {
             match t {
                 Trap::Fault(e) => self.deliver(e),
-                _ => self.fail(format!("interrupt {vector} needs a device to be delivered")),
+                _ => self.shut_down(format!(
+                    "interrupt {vector} at rip {rip:#x} could not be delivered: its tables or stack are no RAM"
+                )),
             }
         }
     }

@@ -546,10 +546,16 @@ impl Vcpu {
         self.linear(Self::segment_index(i.memory_segment()), off)
     }
 
-    /// An operand that runs into the non-canonical hole faults before its pages do.
+    /// An operand that runs into the non-canonical hole, or out of a segment
+    /// that spans all, faults before its pages do.
     pub fn check_end(&self, va: u64, length: usize) -> Result<(), Trap> {
         let last = va.wrapping_add(length as u64).wrapping_sub(1);
-        if self.cpu().long_mode() && !canonical(last) {
+        let out = if self.cpu().code64() {
+            !canonical(last)
+        } else {
+            self.mode() & mode::BASED == 0 && last >> 32 != 0
+        };
+        if out {
             return Err(Exception::not_canonical(last).into());
         }
         Ok(())
@@ -618,7 +624,11 @@ impl Vcpu {
                 // Dropping translations allocates; do it outside.
                 return Err(Trap::Device);
             }
-            self.code_changed(gpa, from.len() as u64);
+            // SAFETY: guest RAM, inside one page.
+            let old = unsafe { std::slice::from_raw_parts(h as *const u8, from.len()) };
+            if old != from {
+                self.code_changed(gpa, from.len() as u64);
+            }
             // SAFETY: guest RAM.
             unsafe { copy_bytes(from.as_ptr(), h as *mut u8, from.len()) };
             return Ok(());
