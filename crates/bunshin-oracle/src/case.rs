@@ -12,7 +12,7 @@
 //! st0 3fff8000000000000000
 //! memory 20000040 01 02 03
 //! ```
-//! Numbers are hexadecimal. A register that is not named has its initial
+//! `bits 32` before `code` makes it 32-bit code. Numbers are hexadecimal. A register that is not named has its initial
 //! value: zero, or the FPU's state after FNINIT, MXCSR 1f80, rflags 202. INT3
 //! follows the last instruction. `;` starts a remark.
 use crate::arena;
@@ -31,6 +31,8 @@ pub struct Case {
     pub code: Vec<Vec<u8>>,
     /// Registers at the first instruction.
     pub state: UserState,
+    /// 32-bit code, in compatibility mode.
+    pub narrow: bool,
     /// Bytes laid over the base image, before the code.
     pub patches: Vec<(u64, Vec<u8>)>,
 }
@@ -47,7 +49,16 @@ impl Case {
     pub fn new(rip: u64, code: Vec<Vec<u8>>) -> Self {
         let mut state = UserState { rip, ..UserState::default() };
         state.gpr[4] = arena::STACK + arena::STACK_LENGTH / 2;
-        Self { seed: 0, index: u64::MAX, code, state, patches: Vec::new() }
+        Self { seed: 0, index: u64::MAX, code, state, narrow: false, patches: Vec::new() }
+    }
+
+    /// Operand size of the code, for decoders.
+    pub fn bits(&self) -> u32 {
+        if self.narrow {
+            32
+        } else {
+            64
+        }
     }
 
     /// All of the code, INT3 included.
@@ -70,7 +81,7 @@ impl Case {
             .iter()
             .map(|bytes| {
                 let mut text = String::new();
-                let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
+                let mut decoder = Decoder::with_ip(self.bits(), bytes, rip, DecoderOptions::NONE);
                 let mut instruction = Instruction::default();
                 while decoder.can_decode() {
                     decoder.decode_out(&mut instruction);
@@ -90,6 +101,9 @@ impl Case {
         let mut text = String::new();
         for line in remark.lines() {
             let _ = writeln!(text, "# {line}");
+        }
+        if self.narrow {
+            let _ = writeln!(text, "bits 32");
         }
         let _ = writeln!(text, "code {:x}", self.state.rip);
         for (bytes, listing) in self.code.iter().zip(self.listing()) {
@@ -170,6 +184,7 @@ impl Case {
                 area.set_opmask(i, number()?);
             } else {
                 match *first {
+                    "bits" => case.narrow = value == "32",
                     "code" => {
                         case.state.rip = number()?;
                         started = true;

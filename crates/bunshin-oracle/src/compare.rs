@@ -10,7 +10,7 @@
 //! - what [`exempt`] finds: results that the processor does not promise.
 use crate::arena::{image_address, image_offset, LINE};
 use crate::case::Case;
-use crate::state::{register_text, Difference, UserState, TF, USER_FLAGS};
+use crate::state::{register_text, Difference, UserState, USER_FLAGS};
 use iced_x86::{Decoder, DecoderOptions, Mnemonic};
 
 /// Why a run ended.
@@ -88,19 +88,25 @@ pub fn exempt(case: &Case, outcome: &Outcome) -> Option<&'static str> {
     if (rip as i64) << 16 >> 16 != rip as i64 {
         return Some("a branch to a non-canonical address faults at its target");
     }
-    // A trap without TF.
-    if matches!(outcome.stop, Stop::Fault { vector: 1, .. }) && outcome.state.rflags & TF == 0 {
-        return Some("some hypervisors leave rip on INT1");
-    }
     let after = code_after(case, outcome);
+    if matches!(outcome.stop, Stop::Fault { vector: 1, .. }) {
+        let at = rip.wrapping_sub(case.state.rip) as usize;
+        let here = after.get(at..).unwrap_or_default();
+        if Decoder::new(case.bits(), here, DecoderOptions::NONE).decode().mnemonic() == Mnemonic::Int1 {
+            return Some("some hypervisors leave rip on INT1");
+        }
+    }
     if after.windows(2).any(|pair| UNPROMISED.iter().any(|opcode| pair == opcode)) {
         return Some("the case made itself an instruction that is not deterministic");
     }
     if after == case.bytes() {
         return None;
     }
+    if matches!(outcome.stop, Stop::Fault { vector: 6, .. }) {
+        return Some("the case made itself an instruction that the host lacks");
+    }
     let repeated = case.code.iter().any(|bytes| {
-        let instruction = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+        let instruction = Decoder::new(case.bits(), bytes, DecoderOptions::NONE).decode();
         instruction.is_string_instruction()
             && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
     });
@@ -128,7 +134,7 @@ fn stores_pointers(case: &Case, outcome: &Outcome) -> bool {
     let after = code_after(case, outcome);
     (0..after.len()).any(|at| {
         matches!(
-            Decoder::new(64, &after[at..], DecoderOptions::NONE).decode().mnemonic(),
+            Decoder::new(case.bits(), &after[at..], DecoderOptions::NONE).decode().mnemonic(),
             M::Fnstenv
                 | M::Fnsave
                 | M::Fxsave

@@ -152,9 +152,14 @@ impl Guest {
         stub
     }
 
-    fn run_state(&mut self, state: &mut UserState) -> Stop {
+    fn run_state(&mut self, state: &mut UserState, narrow: bool) -> Stop {
         self.scratch.clone_from(&self.start);
         let cpu = &mut self.scratch;
+        let data = cpu.segments[2];
+        (cpu.segments[0], cpu.segments[3]) = (data, data);
+        if narrow {
+            cpu.segments[1] = Segment { selector: 0x23, base: 0, limit: u32::MAX, access: 0xc0fb };
+        }
         cpu.gpr = state.gpr;
         cpu.rip = state.rip;
         cpu.rflags = state.rflags | 0x202;
@@ -201,7 +206,7 @@ impl Judge for Guest {
             self.write(address, &bytes);
         }
         let mut state = case.state.clone();
-        let stop = self.run_state(&mut state);
+        let stop = self.run_state(&mut state, case.narrow);
         let arena = self.region.host().cast_const().wrapping_add(ARENA as usize);
         // SAFETY: the arena lies inside the region and the guest is stopped.
         let memory = unsafe { changed_lines(|i| arena.wrapping_add(SEGMENTS[i].offset)) };

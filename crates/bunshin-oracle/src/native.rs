@@ -298,6 +298,8 @@ pub struct Native {
     timer: libc::timer_t,
     tick: i32,
     mapped: usize,
+    /// Run 32-bit code.
+    narrow: bool,
     old_actions: Vec<(i32, libc::sigaction)>,
     mask: libc::sigset_t,
     _thread: PhantomData<*mut ()>,
@@ -334,6 +336,7 @@ impl Native {
                 timer: std::ptr::null_mut(),
                 tick: libc::SIGRTMIN() + 7,
                 mapped: 0,
+                narrow: false,
                 old_actions: Vec::new(),
                 mask: zeroed(),
                 _thread: PhantomData,
@@ -466,11 +469,16 @@ impl Native {
             }
             gregs[libc::REG_RIP as usize] = state.rip as i64;
             gregs[libc::REG_EFL as usize] = (state.rflags | 0x202) as i64;
+            let cs = if self.narrow { 0x23 } else { 0x33 };
+            let segments = &mut gregs[libc::REG_CSGSFS as usize];
+            *segments = *segments & !0xffff | cs;
             frame.state[..464].copy_from_slice(&state.xsave.0[..464]);
             frame.state[512..size].copy_from_slice(&state.xsave.0[512..size]);
             let shared = SHARED.0.get();
             (*shared).ticks = 0;
             (*shared).limit = ticks;
+            // 32-bit code needs them and may change them; 64-bit code does not notice.
+            std::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) 0x2b);
             bunshin_oracle_enter();
             libc::pthread_sigmask(libc::SIG_SETMASK, &self.mask, std::ptr::null_mut());
             let out = (*OUT.0.get()).as_mut().unwrap_unchecked();
@@ -525,6 +533,7 @@ impl Judge for Native {
             }
         }
         let mut state = case.state.clone();
+        self.narrow = case.narrow;
         let stop = self.run_state(&mut state, TICKS);
         // SAFETY: the arena's segments are mapped and nothing runs in them.
         let memory = unsafe { arena::changed_lines(|i| SEGMENTS[i].base as *const u8) };

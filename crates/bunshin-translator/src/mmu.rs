@@ -62,9 +62,13 @@ impl Exception {
     pub fn settle(mut self, i: &Instruction) -> Self {
         if self.vector == GP && self.address.take().is_some() {
             let explicit = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
-            let stack =
-                matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP);
-            if explicit && stack && !matches!(i.segment_prefix(), Register::FS | Register::GS) {
+            let stack = if i.code_size() == CodeSize::Code64 {
+                matches!(i.memory_base(), Register::RSP | Register::RBP | Register::ESP | Register::EBP)
+                    && !matches!(i.segment_prefix(), Register::FS | Register::GS)
+            } else {
+                i.memory_segment() == Register::SS
+            };
+            if explicit && stack {
                 self.vector = SS;
             }
         }

@@ -382,6 +382,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     let (mask, n) = element_mask(v, i).unwrap_or((1, size));
+    let wrap = if v.cpu().code64() { u64::MAX } else { 0xffff_ffff };
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
     if size == 512 {
         v.check_end(va, 2)?;
@@ -407,14 +408,15 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     if writes(access) {
         for at in parts.clone() {
-            v.check(va.wrapping_add(at as u64), n, Kind::Write, who)?;
+            v.check(va.wrapping_add(at as u64) & wrap, n, Kind::Write, who)?;
         }
     }
     let mut buffer = [0u8; 512];
     let buffer = &mut buffer[..size];
     // A store that does not happen after all (an x87 exception) copies back what was there.
     for at in parts.clone() {
-        let (from, to) = (va.wrapping_add(at as u64), &mut buffer[at..at + n]);
+        let (from, to) = (va.wrapping_add(at as u64) & wrap, &mut buffer[at..at + n]);
+        v.check_end(from, n)?;
         if reads(access) || v.access(from, 1, Kind::Read, who)?.0.is_some() {
             v.read_as(from, to, who)?;
         }
@@ -433,7 +435,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             _ => {}
         }
         for at in parts {
-            v.write_as(va.wrapping_add(at as u64), &buffer[at..at + n], who)?;
+            v.write_as(va.wrapping_add(at as u64) & wrap, &buffer[at..at + n], who)?;
         }
     }
     Ok(Flow::Next)

@@ -1159,6 +1159,12 @@ impl Unit<'_> {
     fn pop(&mut self, i: &Instruction, live: u32) {
         let size = self.stack_size(i);
         let (n, _) = gpr_number(i.op0_register()).unwrap();
+        if let Some(h) = pinned(n).filter(|_| n != 4 && size >= 4) {
+            let m = self.probe(Place::Stack(0), size.into(), false, live);
+            self.a.load_mem(size, h, m);
+            self.move_stack(i32::from(size));
+            return;
+        }
         self.pop_to_s0(size, live);
         self.move_stack(i32::from(size));
         match pinned(n) {

@@ -17,6 +17,7 @@ usage: bunshin-compare [options]
   --case N          only this case of the seed
   --only PATTERNS   only these mnemonics: comma-separated, with *
   --environment     also FNSTENV, FXSAVE, XSAVE and their like
+  --narrow          32-bit code, in compatibility mode
   --privileged      also CLI, IN, MOV CR0 and their like, which must fault
   --exact-flags     compare the arithmetic flags at faults too
   --self-check      the host against itself: shows that the harness is sound
@@ -75,6 +76,7 @@ fn arguments() -> Result<Arguments, String> {
             }
             "--only" => a.choice.only = value()?,
             "--environment" => a.choice.environment = true,
+            "--narrow" => a.choice.narrow = true,
             "--privileged" => a.choice.privileged = true,
             "--exact-flags" => a.options.exact_flags = true,
             "--self-check" => a.self_check = true,

@@ -9,6 +9,16 @@ use iced_x86::{Code, Instruction, MemoryOperand, Register};
 impl Block<'_> {
     /// Add one branching shape.
     pub(super) fn branch(&mut self) {
+        if self.generator.narrow {
+            return match self.random.below(9) {
+                0..=3 => self.conditional(),
+                4 => self.jump_over(),
+                5 => self.counted_loop(),
+                6 => self.counter_branch(),
+                7 => self.push(vec![0xe8, 0, 0, 0, 0]),
+                _ => self.direct_function(),
+            };
+        }
         match self.random.below(13) {
             0..=3 => self.conditional(),
             4 => self.jump_over(),
@@ -118,6 +128,14 @@ impl Block<'_> {
     /// CALL f; JMP end; f: body; RET; end.
     fn function(&mut self) {
         let indirect = self.random.one_in(3).then(|| self.scratch());
+        self.function_with(indirect)
+    }
+
+    fn direct_function(&mut self) {
+        self.function_with(None)
+    }
+
+    fn function_with(&mut self, indirect: Option<u64>) {
         let pops = self.random.pick(&[0u16, 0, 0, 8, 16, 3]);
         match indirect {
             None => self.push(vec![0xe8, 5, 0, 0, 0]),

@@ -30,6 +30,8 @@ pub struct Choice {
     /// Also FNSTENV, FXSAVE, XSAVE and their like, whose pointers and
     /// reserved bytes engines may rightly differ in.
     pub environment: bool,
+    /// 32-bit code in compatibility mode.
+    pub narrow: bool,
     /// Also CLI, IN, MOV CR0 and their like, which must fault in user mode.
     pub privileged: bool,
 }
@@ -38,6 +40,7 @@ pub struct Choice {
 pub struct Generator {
     pool: Pool,
     branches: bool,
+    narrow: bool,
     encoder: Encoder,
 }
 
@@ -64,7 +67,8 @@ impl Generator {
         if pool.is_empty() {
             return Err(format!("no instruction of this host matches {:?}", choice.only));
         }
-        Ok(Self { pool, branches: patterns.is_empty(), encoder: Encoder::new(64) })
+        let bits = if choice.narrow { 32 } else { 64 };
+        Ok(Self { pool, branches: patterns.is_empty(), narrow: choice.narrow, encoder: Encoder::new(bits) })
     }
 
     /// The encodings that are drawn from.
@@ -75,7 +79,26 @@ impl Generator {
     /// Make one case.
     pub fn case(&mut self, seed: u64, index: u64) -> Case {
         let mut random = Random::for_case(seed, index);
-        let (mut state, roles) = registers::draw(&mut random);
+        let (mut state, mut roles) = registers::draw(&mut random);
+        let narrow = self.narrow;
+        if narrow {
+            roles.pointers.retain(|r| *r < 8);
+            roles.indexes.retain(|r| *r < 8);
+            roles.vector_indexes.retain(|r| *r < 8);
+            if roles.indexes.is_empty() {
+                roles.indexes.push(0);
+            }
+            if roles.vector_indexes.is_empty() {
+                roles.vector_indexes.push(0);
+            }
+            for gpr in &mut state.gpr[..8] {
+                *gpr &= 0xffff_ffff;
+            }
+            // The translator's VZEROUPPER does not spare them.
+            for i in 8..crate::state::Xsave::shape().0 {
+                state.xsave.set_vector(i, [0; 64]);
+            }
+        }
         state.rip = start(&mut random);
         let patches = registers::patches(&mut random, &state, &roles);
         let mut block = Block {
@@ -90,7 +113,7 @@ impl Generator {
         let count = 1 + block.random.below(MOST_INSTRUCTIONS);
         block.fill(count);
         let (code, patches) = (block.code, block.patches);
-        Case { seed, index, code, state, patches }
+        Case { seed, index, code, state, narrow, patches }
     }
 }
 
@@ -128,6 +151,14 @@ impl Block<'_> {
         }
     }
 
+    fn bits(&self) -> u32 {
+        if self.generator.narrow {
+            32
+        } else {
+            64
+        }
+    }
+
     fn push(&mut self, bytes: Vec<u8>) {
         self.rip += bytes.len() as u64;
         self.code.push(bytes);
@@ -158,6 +189,7 @@ impl Block<'_> {
                     roles: self.roles,
                     reserved: &self.reserved,
                     rip: self.rip,
+                    narrow: self.generator.narrow,
                 }
                 .fill(code);
                 if !self.reserved.is_empty() && self.touches_reserved(&instruction) {
@@ -169,7 +201,7 @@ impl Block<'_> {
                 };
                 let mut bytes = self.generator.encoder.take_buffer();
                 // A gather whose registers coincide, say: the manuals differ.
-                if Decoder::new(64, &bytes, DecoderOptions::NONE).decode().is_invalid() {
+                if Decoder::new(self.bits(), &bytes, DecoderOptions::NONE).decode().is_invalid() {
                     continue;
                 }
                 if self.random.one_in(25) {
@@ -186,13 +218,16 @@ impl Block<'_> {
     /// code do. Whatever results must still be an instruction that is allowed.
     fn with_noise(&mut self, bytes: Vec<u8>) -> Vec<u8> {
         let mut noisy = bytes.clone();
+        if self.generator.narrow {
+            return bytes;
+        }
         for _ in 0..=self.random.below(2) {
             let prefix = self
                 .random
                 .pick(&[0x66, 0x67, 0x2e, 0x36, 0x3e, 0x26, 0x64, 0x65, 0xf2, 0xf3, 0x40, 0x41, 0x48, 0x4f]);
             noisy.insert(0, prefix);
         }
-        let instruction = Decoder::with_ip(64, &noisy, self.rip, DecoderOptions::NONE).decode();
+        let instruction = Decoder::with_ip(self.bits(), &noisy, self.rip, DecoderOptions::NONE).decode();
         // A REX prefix makes PAUSE an exchange with r8.
         let pause = instruction.mnemonic() == Mnemonic::Pause;
         let fits = instruction.len() == noisy.len() && noisy.len() <= 15 && !pause;

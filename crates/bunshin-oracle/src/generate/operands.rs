@@ -40,6 +40,8 @@ pub struct Operands<'a> {
     pub reserved: &'a [usize],
     /// Address of the instruction.
     pub rip: u64,
+    /// 32-bit code.
+    pub narrow: bool,
 }
 
 struct Drawn {
@@ -57,8 +59,8 @@ impl Operands<'_> {
         instruction.set_code(code);
         let mut drawn = Drawn {
             memory: false,
-            address_size: if self.random.one_in(25) { 4 } else { 8 },
-            rex_free: self.random.one_in(3),
+            address_size: if self.narrow || self.random.one_in(25) { 4 } else { 8 },
+            rex_free: self.narrow || self.random.one_in(3),
             destination: false,
         };
         let mut immediate = 0;
@@ -177,7 +179,7 @@ impl Operands<'_> {
     }
 
     fn byte_register(&mut self, drawn: &Drawn) -> Register {
-        if self.random.percent(30) {
+        if self.random.percent(if self.narrow { 50 } else { 30 }) {
             let number = self.random.below(4);
             if !self.reserved.contains(&(number as usize)) {
                 return register(Register::AH, number);
@@ -187,9 +189,10 @@ impl Operands<'_> {
     }
 
     fn register(&mut self, kind: K, drawn: &Drawn) -> Register {
+        let narrow = self.narrow;
         let vector = |random: &mut Random, first: Register, aligned: bool| {
             let (count, _) = crate::state::Xsave::shape();
-            let n = if random.one_in(2) { random.below(8) } else { random.below(count as u64) };
+            let n = if narrow || random.one_in(2) { random.below(8) } else { random.below(count as u64) };
             register(first, if aligned { n & !3 } else { n })
         };
         match kind {
@@ -232,6 +235,10 @@ impl Operands<'_> {
     }
 
     fn segment(&mut self, to: &mut Instruction) {
+        // Null FS and GS, stores through CS: neither is modelled.
+        if self.narrow {
+            return;
+        }
         match self.random.below(100) {
             0..=1 => to.set_segment_prefix(Register::FS),
             2..=3 => to.set_segment_prefix(Register::GS),
@@ -273,7 +280,8 @@ impl Operands<'_> {
         to.set_op_kind(i, OpKind::Memory);
         self.segment(to);
         let size = (to.code().op_code().memory_size().size() as u64).max(1);
-        match self.random.below(20) {
+        let form = self.random.below(20);
+        match if self.narrow && form < 2 { 2 } else { form } {
             0 | 1 => {
                 // Relative to rip; sometimes the code itself.
                 let target = match self.random.below(30) {
@@ -297,7 +305,7 @@ impl Operands<'_> {
                 let base = if self.random.percent(97) {
                     self.random.pick(&self.roles.pointers) as u64
                 } else {
-                    self.random.below(16)
+                    self.random.below(if self.narrow { 8 } else { 16 })
                 };
                 to.set_memory_base(register(if drawn.address_size == 8 { GPR64 } else { GPR32 }, base));
                 if form < 9 {
@@ -329,7 +337,7 @@ impl Operands<'_> {
         let number = if self.random.percent(96) {
             self.random.pick(&self.roles.indexes) as u64
         } else {
-            self.random.below(16)
+            self.random.below(if self.narrow { 8 } else { 16 })
         };
         if number != 4 {
             to.set_memory_index(register(if drawn.address_size == 8 { GPR64 } else { GPR32 }, number));
@@ -347,7 +355,7 @@ impl Operands<'_> {
         let number = if self.random.percent(96) {
             self.random.pick(&self.roles.vector_indexes) as u64
         } else {
-            self.random.below(16)
+            self.random.below(if self.narrow { 8 } else { 16 })
         };
         to.set_memory_index(register(first, number));
         to.set_memory_index_scale(self.random.pick(&[1, 2, 4, 8]));

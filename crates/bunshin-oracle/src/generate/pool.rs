@@ -49,7 +49,7 @@ impl Pool {
         let mut allowed = vec![false; Code::values().len()];
         let mut classes: BTreeMap<Class, BTreeMap<Mnemonic, Vec<Code>>> = BTreeMap::new();
         for code in Code::values() {
-            if !host.runs(code) || denied(code, choice) {
+            if !host.runs(code, choice.narrow) || denied(code, choice) {
                 continue;
             }
             allowed[code as usize] = true;
@@ -142,6 +142,10 @@ fn denied(code: Code, choice: &super::Choice) -> bool {
     if !choice.privileged && (privileged || info.may_require_cpl0()) {
         return true;
     }
+    // They leave flags as they fall, differently from model to model.
+    if matches!(code.mnemonic(), M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das) {
+        return true;
+    }
     let system = |k: &OpCodeOperandKind| {
         use OpCodeOperandKind as K;
         matches!(k, K::seg_reg | K::tr_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
@@ -216,15 +220,20 @@ impl Host {
         }
     }
 
-    fn runs(&self, code: Code) -> bool {
+    fn runs(&self, code: Code, narrow: bool) -> bool {
         let info = code.op_code();
         let encodings = [EncodingKind::Legacy, EncodingKind::VEX, EncodingKind::EVEX];
         code != Code::INVALID
             && info.is_instruction()
-            && info.mode64()
+            && (if narrow { info.mode32() } else { info.mode64() })
             && encodings.contains(&info.encoding())
             && info.decoder_option() == DecoderOptions::NONE
-            && (if self.amd { info.amd_decoder64() } else { info.intel_decoder64() })
+            && (match (self.amd, narrow) {
+                (true, false) => info.amd_decoder64(),
+                (false, false) => info.intel_decoder64(),
+                (true, true) => info.amd_decoder32(),
+                (false, true) => info.intel_decoder32(),
+            })
             && !info.is_reserved_nop()
             && code.cpuid_features().iter().all(|f| self.has(*f))
             && (self.avx512 || info.encoding() != EncodingKind::EVEX)

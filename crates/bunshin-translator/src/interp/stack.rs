@@ -170,11 +170,9 @@ pub fn pusha(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn popa(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = if i.mnemonic() == M::Popa { 2 } else { 4 };
-    let mut values = [0; 8];
-    for (k, x) in values.iter_mut().enumerate() {
-        *x = v.peek((k * n) as u64, n)?;
-    }
-    for (k, &x) in values.iter().enumerate() {
+    // A fault leaves what is loaded by then.
+    for k in 0..8 {
+        let x = v.peek((k * n) as u64, n)?;
         let r = 7 - k;
         if r != 4 {
             let g = &mut v.cpu_mut().gpr[r];
