@@ -17,6 +17,7 @@ mod insn;
 mod interp;
 mod mmu;
 mod msr;
+mod recipe;
 mod signals;
 mod slow;
 mod state;

@@ -382,12 +382,14 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         return Ok(Flow::Next);
     }
     let (mask, n) = element_mask(v, i).unwrap_or((1, size));
-    let wrap = if v.cpu().code64() { u64::MAX } else { 0xffff_ffff };
+    // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
+    let narrow = !v.cpu().code64() && i.op_mask() == Register::None;
+    let wrap = if narrow { 0xffff_ffff } else { u64::MAX };
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
     if size == 512 {
         v.check_end(va, 2)?;
     }
-    if mask != 0 && misaligned(i, va, size) {
+    if mask != 0 && misaligned(v, i, va, size) {
         return Err(gp());
     }
     let kind = if writes(access) { Kind::Write } else { Kind::Read };
@@ -450,7 +452,7 @@ fn waits(i: &Instruction) -> bool {
 
 /// The instruction wants its operand aligned and it is not; that fault comes
 /// before those of paging.
-fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
+fn misaligned(v: &Vcpu, i: &Instruction, va: u64, size: usize) -> bool {
     let strict = match i.mnemonic() {
         M::Movups
         | M::Movupd
@@ -480,8 +482,16 @@ fn misaligned(i: &Instruction, va: u64, size: usize) -> bool {
         | M::Vmovntps
         | M::Vmovntpd
         | M::Vmovntdqa
-        | M::Cmpxchg16b => true,
-        _ => size == 16 && i.code().encoding() == EncodingKind::Legacy,
+        | M::Cmpxchg16b
+        | M::Movaps
+        | M::Movapd
+        | M::Movdqa
+        | M::Movntdq
+        | M::Movntps
+        | M::Movntpd
+        | M::Movntdqa => true,
+        // MXCSR.MM, which AMD has, excuses the others.
+        _ => size == 16 && i.code().encoding() == EncodingKind::Legacy && v.cpu().xsave.0[26] & 2 == 0,
     };
     strict && va & (size as u64 - 1) != 0
 }

@@ -40,6 +40,7 @@ use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind, INFO_PLAIN, INFO_WRITE};
+use crate::recipe::Recipe;
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
     Code, CpuidFeature, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M,
@@ -57,6 +58,8 @@ enum Flags {
     Lazy,
     /// Overwritten by a probe; nobody wants them.
     Dead,
+    /// Overwritten by a probe; `Unit::recipe` brings them back.
+    Recipe,
 }
 
 /// Where a memory operand is.
@@ -205,6 +208,8 @@ struct Unit<'a> {
     info: InstructionInfoFactory,
     probed: bool,
     group: Option<Group>,
+    /// How to compute the guest's flags again, if that can be done.
+    recipe: Option<Recipe>,
     items: &'a [Item],
     /// Index of the instruction being written, in `items`.
     now: usize,
@@ -245,6 +250,15 @@ fn faults_plainly(i: &Instruction) -> bool {
     });
     let mmx = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Register && i.op_register(n).is_mm());
     !x87 && !mmx && i.op_mask() == Register::None
+}
+
+/// Only general registers: such an instruction cannot fault on the host once its
+/// memory operand is checked (divisions read all flags).
+fn integer_only(i: &Instruction) -> bool {
+    let x87 = i.cpuid_features().iter().any(|f| {
+        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
+    });
+    !x87 && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
 }
 
 /// How a block ends, so far as the decoder can tell.
@@ -326,6 +340,7 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            recipe: None,
             items: &[],
             now: 0,
             bounce: false,
@@ -350,6 +365,7 @@ impl Vcpu {
             if u.group.as_mut().is_some_and(|g| !g.step(item)) {
                 u.group = None;
             }
+            u.recipe = u.recipe_after(item);
             if ended {
                 break;
             }
@@ -465,6 +481,7 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            recipe: None,
             items: &[],
             now: 0,
             bounce: true,
@@ -596,9 +613,48 @@ impl Unit<'_> {
             self.a.sahf_of();
             self.a.mov(RAX, scratch);
         }
+        if let (Flags::Recipe, Some(r), true) = (self.flags, self.recipe, live != 0) {
+            r.emit(&mut self.a, scratch);
+        }
         if live != 0 {
             self.flags = Flags::Host;
         }
+    }
+
+    /// The recipe after `item`, which may have set the flags itself.
+    fn recipe_after(&self, item: &Item) -> Option<Recipe> {
+        if item.effect.writes != 0 {
+            return Recipe::of(&item.insn, &item.effect);
+        }
+        let stack = match item.insn.mnemonic() {
+            M::Push | M::Pop | M::Call | M::Ret => Some(i64::from(item.insn.stack_pointer_increment())),
+            _ => None,
+        };
+        // A pop into the stack pointer is no move by a constant.
+        let stack = stack.filter(|_| {
+            item.insn.mnemonic() != M::Pop
+                || item.insn.op0_kind() == OpKind::Register
+                    && gpr_number(item.insn.op0_register()) != Some((4, false))
+        });
+        self.recipe?.after(item.writes, stack)
+    }
+
+    /// The instruction is copied, so that flags can be brought back between its
+    /// probe and itself.
+    fn by_generic(&self, i: &Instruction) -> bool {
+        i.flow_control() == FlowControl::Next
+            && !matches!(
+                i.mnemonic(),
+                M::Lea | M::Push | M::Pop | M::Leave | M::Rdtsc | M::Rdfsbase | M::Rdgsbase
+            )
+    }
+
+    /// Flags that only the recipe has, and that `item` makes it lose.
+    fn loses_recipe(&self, item: &Item) -> bool {
+        self.flags == Flags::Recipe
+            && item.live_after & !item.effect.kills != 0
+            && item.effect.kills != ALL
+            && (item.effect.writes != 0 || self.recipe_after(item).is_none())
     }
 
     // --- memory --------------------------------------------------------------
@@ -678,9 +734,12 @@ impl Unit<'_> {
             }
         }
         let start = spot.filter(|_| self.group.is_none()).and_then(|s| self.gather(s));
-        if self.flags == Flags::Host && live != 0 && (self.ahead + 1 >= MANY_ACCESSES || self.group.is_some())
-        {
-            self.flags_to_lazy();
+        if self.flags == Flags::Host && live != 0 {
+            if self.recipe.is_some() {
+                self.flags = Flags::Recipe;
+            } else if self.ahead + 1 >= MANY_ACCESSES || self.group.is_some() {
+                self.flags_to_lazy();
+            }
         }
         let keep = self.flags == Flags::Host && live != 0;
         if self.flags == Flags::Host && live == 0 {
@@ -756,6 +815,12 @@ impl Unit<'_> {
         if keep {
             self.a.mov(RCX, S2);
         }
+        // Out of the way the flags can be made exact, for the frame of a fault too.
+        let recipe = self.recipe.filter(|_| matches!(self.flags, Flags::Recipe | Flags::Dead));
+        if let Some(r) = recipe {
+            r.emit(&mut self.a, S0);
+        }
+        let keep = keep || recipe.is_some();
         self.locate(place, from);
         let plain =
             span < 16 && !grouped && self.items.get(self.now).is_some_and(|i| faults_plainly(&i.insn));
@@ -1004,6 +1069,9 @@ impl Unit<'_> {
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
         self.group = None;
+        if self.flags == Flags::Recipe {
+            self.flags_to_host(S0, ALL);
+        }
         let id = self.v.helpers.len() as u32;
         self.v.helpers.push(HelperEntry::new(*i));
         self.point(false);
@@ -1020,6 +1088,12 @@ impl Unit<'_> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as u16;
         let live_before = item.effect.live_before(item.live_after);
+        if !self.by_generic(i) && self.recipe_after(item).is_none() {
+            if self.flags == Flags::Recipe {
+                self.flags_to_host(S0, ALL);
+            }
+            self.recipe = None;
+        }
         if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
             self.helper(i);
             if ends(i) {
@@ -1087,6 +1161,7 @@ impl Unit<'_> {
             M::Std => self.a.store8_imm(at::DF, 1),
             M::Stac => self.a.store8_imm(at::AC, 1),
             M::Clac => {
+                self.flags_to_host(S0, live_before);
                 // User pages entered while AC was set must go.
                 self.a.store8_imm(at::AC, 0);
                 self.a.mov(S0, RCX);
@@ -1238,6 +1313,8 @@ impl Unit<'_> {
 
     fn branch(&mut self, i: &Instruction, live: u32) {
         let size = (self.bits / 8) as u8;
+        // Calls and returns move the stack pointer, maybe the recipe's register.
+        let after = self.recipe_after(&self.items[self.now]);
         match i.flow_control() {
             FlowControl::UnconditionalBranch => {
                 self.flags_to_host(S2, self.live_out);
@@ -1270,6 +1347,7 @@ impl Unit<'_> {
             FlowControl::Call => {
                 let target = self.cut(i.near_branch_target());
                 self.push_const(size, i.next_ip(), live);
+                self.recipe = after;
                 self.flags_to_host(S2, self.live_out);
                 self.exit_to(target);
             }
@@ -1281,6 +1359,7 @@ impl Unit<'_> {
                     0
                 };
                 self.move_stack(i32::from(size) + extra);
+                self.recipe = after;
                 self.flags_to_host(S2, ALL);
                 self.exit_indirect();
             }
@@ -1293,6 +1372,7 @@ impl Unit<'_> {
                 self.indirect_target(i, live, size);
                 self.a.store(at::TMP, S0);
                 self.push_const(size, i.next_ip(), live);
+                self.recipe = after;
                 self.a.load(S0, at::TMP);
                 self.flags_to_host(S2, ALL);
                 self.exit_indirect();
@@ -1425,6 +1505,9 @@ impl Unit<'_> {
         }
         let needs_flags = item.effect.reads
             | if item.effect.writes != 0 { item.live_after & !item.effect.kills } else { 0 };
+        // What faults on the host must leave live flags where they can be found.
+        let faults = self.flags == Flags::Recipe && !integer_only(i);
+        let needs_flags = if faults || self.loses_recipe(item) { ALL } else { needs_flags };
         if needs_flags != 0 && self.flags != Flags::Host {
             let r = to.mem.map_or(S0, |m| self.scratch_beside(m));
             self.flags_to_host(r, needs_flags);

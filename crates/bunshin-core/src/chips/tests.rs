@@ -335,7 +335,6 @@ fn what_counts_on_the_host_clock_can_be_delayed() {
     let pit = m.chips.next_deadline_ns(0).unwrap();
     m.chips.delay(5_000_000_000);
     assert_eq!(m.chips.next_deadline_ns(0), Some(pit + 5_000_000_000));
-    assert_eq!(m.kicked(0), 2, "the processor sleeps until another moment now");
     m.chips.tick(0, pit);
     assert_eq!(m.chips.ack(0), None);
 

@@ -26,6 +26,7 @@ impl Vcpu {
     pub fn deliver(&mut self, e: Exception) {
         self.counters.exceptions += 1;
         self.cpu_mut().shadow = 0;
+        let first = e;
         let mut e = e;
         if let (PF_, Some(a)) = (e.vector, e.address) {
             self.cpu_mut().cr2 = a;
@@ -51,10 +52,11 @@ impl Vcpu {
         }
         let c = self.cpu();
         let m = format!(
-            "triple fault: exception {} (error {:#x}) at rip {:#x} could not be delivered; rsp {:#x} cr2 {:#x} cr3 {:#x}",
-            e.vector,
-            e.error.unwrap_or(0),
+            "triple fault: exception {} (error {:#x}) at rip {:#x} could not be delivered, nor exception {} after it; rsp {:#x} cr2 {:#x} cr3 {:#x}",
+            first.vector,
+            first.error.unwrap_or(0),
             c.rip,
+            e.vector,
             c.gpr[4],
             c.cr2,
             c.cr3
