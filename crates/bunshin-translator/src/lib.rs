@@ -1,7 +1,7 @@
 //! Binary translation of x86 to x86-64: a processor in software for hosts
 //! without usable hardware virtualization.
 //!
-//! Read `translate.rs` for what emitted code looks like, `cpu.rs` for what lies
+//! Read `translate/mod.rs` for what emitted code looks like, `cpu.rs` for what lies
 //! behind `gs`, `stubs.rs` for the way in and out, `mmu.rs` for the software TLB,
 //! `slow.rs` for everything that cannot be probed, `vcpu.rs` for the loop.
 

@@ -393,9 +393,10 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         return Err(gp());
     }
     let kind = if writes(access) { Kind::Write } else { Kind::Read };
-    // What long x87 operands look at before the rest: so many bytes of the
-    // start, and the last one.
-    let (first, last) = match size {
+    // What long operands look at before the rest: so many bytes of the start,
+    // and the last one.
+    let (first, last) = match n {
+        64 if writes(access) => (32, false),
         10 => (8, false),
         14 | 94 => (2, true),
         28 | 108 => (4, true),

@@ -35,8 +35,10 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
         Register::CR0 => v.set_cr0(x)?,
         Register::CR2 => v.cpu_mut().cr2 = x,
         Register::CR3 => {
-            let keep = v.cpu().cr4 & CR4_PCIDE != 0 && x >> 63 != 0;
-            let x = x & !(1 << 63);
+            // Bit 63 is reserved without PCIDs.
+            let pcide = v.cpu().cr4 & CR4_PCIDE != 0;
+            let keep = pcide && x >> 63 != 0;
+            let x = x & !(u64::from(pcide) << 63);
             if x >> 52 != 0 {
                 return Err(gp());
             }

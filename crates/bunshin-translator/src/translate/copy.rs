@@ -1,0 +1,255 @@
+//! Innocuous instructions: copied with registers renamed.
+use super::*;
+
+/// Only general registers: such an instruction cannot fault on the host once its
+/// memory operand is checked (divisions read all flags).
+fn integer_only(i: &Instruction) -> bool {
+    let x87 = i.cpuid_features().iter().any(|f| {
+        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
+    });
+    !x87 && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
+}
+
+impl Unit<'_> {
+    /// Copy the instruction with its registers renamed and its memory operand
+    /// behind a probe.
+    pub(super) fn generic(&mut self, item: &Item) {
+        let i = &item.insn;
+        let bytes = &self.bytes[item.at..item.at + i.len()];
+        let live_before = item.effect.live_before(item.live_after);
+        let s = shape(i.code());
+        let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory)
+            || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu | M::Xlatb);
+        let p = match Parts::of(i, bytes, self.bits) {
+            Some(p) if !s.vsib => p,
+            _ => return self.helper(i),
+        };
+        if has_mem && p.modrm().is_none() && !self.bounce {
+            return self.moffs(i, live_before);
+        }
+        let bit_string = crate::interp::bit_string(i);
+        let mut to = Renamed::default();
+        let high = (0..i.op_count())
+            .find(|&n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)).is_some_and(|g| g.1));
+        let (mut swap, mut copy) = (None, false);
+        if has_mem && self.bounce {
+            self.a.load(S0, at::TMP);
+            self.a.mov_imm(S1, 0);
+            to.mem = Some(Mem { base: S0, index: Some(S1), disp: 0 });
+        } else if has_mem {
+            let size = i.memory_size().size() as u32;
+            let access = item.access;
+            if size == 0
+                || size > 64
+                || access == OpAccess::None
+                || matches!(i.mnemonic(), M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu)
+            {
+                return self.helper(i);
+            }
+            let place = if bit_string {
+                // Short addresses wrap with the offset added.
+                if i.op1_register().size() == 2 || 8 * crate::interp::address_size(i) < self.bits as usize {
+                    return self.helper(i);
+                }
+                Place::Bits(i)
+            } else {
+                Place::Operand(i)
+            };
+            to.mem = Some(self.probe(place, size, writes(access), live_before));
+        }
+        if let Some(n) = high {
+            let extended = (0..i.op_count()).any(|n| {
+                i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)) == Some((4, false))
+            });
+            if has_mem || extended {
+                // A high byte cannot be named beside r8-r15: read a copy, or
+                // swap it with the low byte around the instruction.
+                copy = !writes(self.info.info(i).op_access(n));
+                swap = gpr_number(i.op_register(n)).map(|g| g.0).filter(|_| !copy);
+            }
+        }
+        let needs_flags = item.effect.reads
+            | if item.effect.writes != 0 { item.live_after & !item.effect.kills } else { 0 };
+        // What faults on the host must leave live flags where they can be found.
+        let faults = self.flags == Flags::Recipe && !integer_only(i);
+        let needs_flags = if faults || self.loses_recipe(item) { ALL } else { needs_flags };
+        if needs_flags != 0 && self.flags != Flags::Host {
+            let r = to.mem.map_or(S0, |m| self.scratch_beside(m));
+            self.flags_to_host(r, needs_flags);
+        }
+        // Registers kept in memory, through scratch ones.
+        let fields = [s.reg, s.rm, s.vvvv, s.opcode];
+        let mut free: &[u8] = match to.mem {
+            Some(m) if m.base == S2 => &[S0, S1],
+            Some(_) => &[S2],
+            None => &[S0, S1, S2],
+        };
+        let mut taken: [(u8, u8, bool); 4] = [(255, 0, false); 4];
+        let mut count = 0;
+        let mut spilled = fields
+            .iter()
+            .filter(|&&f| f != 0 && i.op_kind(u32::from(f) - 1) == OpKind::Register)
+            .filter_map(|&f| gpr_number(i.op_register(u32::from(f) - 1)))
+            .filter(|g| !g.1 && pinned(g.0).is_none())
+            .map(|g| g.0);
+        let (first, second) = (spilled.next(), spilled.next());
+        let two = first.is_some() && second.is_some() && first != second;
+        if let Some(m) = to.mem.filter(|m| m.base == S0 && two) {
+            // Two of them beside a memory operand: fold the address into one register.
+            self.a.lea(true, S0, Some(S0), m.index.map(|x| (x, 1)), 0);
+            to.mem = Some(Mem { base: S0, index: None, disp: 0 });
+            free = &[S1, S2];
+        }
+        for (slot, &f) in fields.iter().enumerate() {
+            if f == 0 || i.op_kind(u32::from(f) - 1) != OpKind::Register {
+                continue;
+            }
+            let reg = i.op_register(u32::from(f) - 1);
+            let Some((n, high_byte)) = gpr_number(reg) else { continue };
+            let host = if high_byte {
+                if copy {
+                    let h = self.take(&mut free);
+                    self.a.rorx(h, n, 8);
+                    h
+                } else if swap.is_some() {
+                    n // the low byte of the same register
+                } else {
+                    n + 4
+                }
+            } else if let Some(h) = pinned(n) {
+                h
+            } else if let Some(t) = taken[..count].iter().find(|t| t.0 == n) {
+                t.1
+            } else {
+                let h = self.take(&mut free);
+                let (reads_it, writes_it) = self.operand_access(i, n);
+                if reads_it || reg.size() < 4 {
+                    self.a.load(h, at::gpr(n));
+                }
+                taken[count] = (n, h, writes_it);
+                count += 1;
+                h
+            };
+            // A plain register keeps its own number where nothing changes.
+            let keep = !high_byte && host == n;
+            let want = if keep && swap.is_none() { None } else { Some(host) };
+            match slot {
+                0 => to.reg = want,
+                1 => to.rm = want,
+                2 => to.vvvv = want,
+                _ => to.opcode = want,
+            }
+        }
+        if bit_string {
+            // The address already holds the upper bits of the offset.
+            let from = to.reg.unwrap_or_else(|| gpr_number(i.op1_register()).unwrap().0);
+            self.take_s2();
+            self.a.pext_gs(S2, from, if i.op1_register().size() == 8 { at::MASK63 } else { at::MASK31 });
+            to.reg = Some(S2);
+        }
+        if let Some(n) = swap {
+            // xchg low, high: 86 /r
+            self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
+        }
+        self.point(self.flags == Flags::Host);
+        let out = self.a.buf();
+        encode(&p, bytes, &to, out);
+        if let Some(n) = swap {
+            self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
+        }
+        for &(n, h, written) in &taken[..count] {
+            if written {
+                self.a.store(at::gpr(n), h);
+            }
+        }
+        if item.effect.writes != 0 {
+            self.flags = Flags::Host;
+        }
+    }
+
+    /// Whether the explicit operands naming guest register `n` are read, written.
+    pub(super) fn operand_access(&mut self, i: &Instruction, n: u8) -> (bool, bool) {
+        let info = self.info.info(i);
+        let (mut r, mut w) = (false, false);
+        for k in 0..i.op_count() {
+            if i.op_kind(k) == OpKind::Register && gpr_number(i.op_register(k)).is_some_and(|g| g.0 == n) {
+                let a = info.op_access(k);
+                // A conditional write keeps the old value.
+                r |= reads(a) || matches!(a, OpAccess::CondWrite);
+                w |= writes(a);
+            }
+        }
+        (r, w)
+    }
+
+    /// MOV between the accumulator and a full address.
+    pub(super) fn moffs(&mut self, i: &Instruction, live: u32) {
+        let size = i.memory_size().size() as u8;
+        let load = i.op0_kind() == OpKind::Register;
+        let m = self.probe(Place::Operand(i), u32::from(size), !load, live);
+        if self.loses_recipe(&self.items[self.now]) {
+            let r = self.scratch_beside(m);
+            self.flags_to_host(r, ALL);
+        }
+        if !load {
+            self.a.store_mem(size, m, RAX);
+        } else if size >= 4 {
+            self.a.load_mem(size, RAX, m);
+        } else {
+            // Narrow loads keep the rest of rax.
+            let op = Renamed { mem: Some(m), ..Default::default() };
+            let bytes: &[u8] = if size == 2 { &[0x66, 0x8b, 0x00] } else { &[0x8a, 0x00] };
+            encode(&Parts::new(bytes, 64).unwrap(), bytes, &op, self.a.buf());
+        }
+    }
+
+    pub(super) fn lea(&mut self, i: &Instruction) {
+        let (n, _) = gpr_number(i.op0_register()).unwrap();
+        let size = i.op0_register().size();
+        let base = i.memory_base();
+        let index = i.memory_index();
+        let address = if base != Register::None { base.size() } else { index.size() };
+        let to = pinned(n).unwrap_or(S0);
+        let disp = i.memory_displacement64();
+        if base == Register::None && index == Register::None || i.is_ip_rel_memory_operand() {
+            let v = if size == 8 { disp } else { disp & 0xffff_ffff };
+            let v = if self.bits == 64 { v } else { v & 0xffff_ffff };
+            if size == 2 {
+                self.a.mov_imm(S1, v & 0xffff);
+                self.low16(n, S1);
+                return;
+            }
+            self.a.mov_imm(to, v);
+        } else {
+            let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
+            let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
+            let disp = if address == 2 { disp as i16 as i32 } else { disp as i32 };
+            let wide = size == 8 && address == 8;
+            if size == 2 || address == 2 {
+                self.a.lea(false, S1, b, x, disp);
+                if size == 2 {
+                    self.low16(n, S1);
+                    return;
+                }
+                self.a.movzx16(to, S1);
+            } else {
+                self.a.lea(wide, to, b, x, disp);
+            }
+        }
+        if pinned(n).is_none() {
+            self.a.store(at::gpr(n), to);
+        }
+    }
+
+    /// Low 16 bits of guest register `n` from r9.
+    pub(super) fn low16(&mut self, n: u8, _from: u8) {
+        match pinned(n) {
+            Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc8 | (h & 7)]), // mov h16, r9w
+            None => {
+                self.a.load(S0, at::gpr(n));
+                self.a.b(&[0x66, 0x45, 0x89, 0xc8]); // mov r8w, r9w
+                self.a.store(at::gpr(n), S0);
+            }
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! Branches and the ways out of a block.
+use super::*;
+
+impl Unit<'_> {
+    pub(super) fn branch(&mut self, i: &Instruction, live: u32) {
+        let size = (self.bits / 8) as u8;
+        // Calls and returns move the stack pointer, maybe the recipe's register.
+        let after = self.recipe_after(&self.items[self.now]);
+        match i.flow_control() {
+            FlowControl::UnconditionalBranch => {
+                self.flags_to_host(S2, self.live_out);
+                self.exit_to(i.near_branch_target());
+            }
+            FlowControl::ConditionalBranch => {
+                let target = self.cut(i.near_branch_target());
+                let through = self.cut(i.next_ip());
+                match i.mnemonic() {
+                    M::Jcxz | M::Jecxz | M::Jrcxz | M::Loop | M::Loope | M::Loopne => {
+                        self.flags_to_host(S2, ALL);
+                        self.counted(i, target, through);
+                    }
+                    _ => {
+                        self.flags_to_host(S2, ALL);
+                        if self.turns(target) {
+                            // keep the poll off the way that falls through
+                            let cc = i.condition_code() as u8 - 1;
+                            let taken = self.a.jcc_short(cc ^ 1);
+                            self.exit_to(target);
+                            self.a.land(taken);
+                        } else {
+                            let cc = i.condition_code() as u8 - 1;
+                            self.conditional(cc, target);
+                        }
+                        self.exit_to(through);
+                    }
+                }
+            }
+            FlowControl::Call => {
+                let target = self.cut(i.near_branch_target());
+                self.push_const(size, i.next_ip(), live);
+                self.recipe = after;
+                self.flags_to_host(S2, self.live_out);
+                self.exit_to(target);
+            }
+            FlowControl::Return => {
+                self.pop_to_s0(size, live);
+                let extra = if i.op_count() > 0 && i.op0_kind() == OpKind::Immediate16 {
+                    i32::from(i.immediate16())
+                } else {
+                    0
+                };
+                self.move_stack(i32::from(size) + extra);
+                self.recipe = after;
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            FlowControl::IndirectBranch => {
+                self.indirect_target(i, live, size);
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            FlowControl::IndirectCall => {
+                self.indirect_target(i, live, size);
+                self.a.store(at::TMP, S0);
+                self.push_const(size, i.next_ip(), live);
+                self.recipe = after;
+                self.a.load(S0, at::TMP);
+                self.flags_to_host(S2, ALL);
+                self.exit_indirect();
+            }
+            _ => unreachable!("{i}"),
+        }
+    }
+
+    pub(super) fn indirect_target(&mut self, i: &Instruction, live: u32, size: u8) {
+        if i.op0_kind() == OpKind::Memory {
+            self.load_operand(i, live, size);
+        } else {
+            let (n, _) = gpr_number(i.op0_register()).unwrap();
+            let r = self.use_gpr(n, S0);
+            if self.wide() {
+                self.a.mov(S0, r);
+            } else {
+                self.a.mov32(S0, r);
+            }
+        }
+    }
+
+    /// Load the memory operand, `size` bytes, into r8.
+    pub(super) fn load_operand(&mut self, i: &Instruction, live: u32, size: u8) {
+        let m = self.probe(Place::Operand(i), u32::from(size), false, live);
+        self.a.load_mem(size, S0, m);
+    }
+
+    /// `jcc` to `target`, linked if it can be.
+    pub(super) fn conditional(&mut self, cc: u8, target: u64) {
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jcc(cc, cold);
+        let Label(s, n) = self.a.here();
+        if self.linkable(target) {
+            self.a.section(Section::Cold);
+            self.site_stub(Label(s, n - 4), cold, target, false);
+        } else {
+            self.a.section(Section::Cold);
+            self.a.mov_imm(S0, target);
+            self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
+        }
+        self.a.section(Section::Hot);
+    }
+
+    /// LOOPcc and JrCXZ, whose conditions leave the flags alone.
+    pub(super) fn counted(&mut self, i: &Instruction, target: u64, through: u64) {
+        let m = i.mnemonic();
+        let wide = matches!(
+            i.code(),
+            Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX
+        );
+        let zero = |a: &mut Asm| {
+            if !wide {
+                a.b(&[0x67]);
+            }
+            a.jrcxz()
+        };
+        if matches!(m, M::Jecxz | M::Jrcxz | M::Jcxz) {
+            let taken = zero(&mut self.a);
+            self.exit_to(through);
+            self.a.land(taken);
+            self.exit_to(target);
+            return;
+        }
+        self.a.lea(wide, RCX, Some(RCX), None, -1);
+        let done = zero(&mut self.a);
+        let other = match m {
+            M::Loope => Some(self.a.jcc_short(5)),
+            M::Loopne => Some(self.a.jcc_short(4)),
+            _ => None,
+        };
+        self.exit_to(target);
+        self.a.land(done);
+        if let Some(o) = other {
+            self.a.land(o);
+        }
+        self.exit_to(through);
+    }
+
+    /// Go on at a known address; flags are in the host.
+    pub(super) fn exit_to(&mut self, target: u64) {
+        let target = self.cut(target);
+        if self.turns(target) {
+            self.poll(target);
+        }
+        if self.linkable(target) {
+            self.site(target);
+        } else {
+            self.a.mov_imm(S0, target);
+            self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
+        }
+    }
+
+    /// Jump to the address in r8; flags are in the host.
+    pub(super) fn exit_indirect(&mut self) {
+        self.a.movzx16(S1, S0);
+        self.a.jmp_gs_indexed(S1, JC);
+    }
+
+    /// A jump that can be linked: `hot` writes the jump at a place whose rel32
+    /// is the site.
+    pub(super) fn site(&mut self, target: u64) {
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jmp(cold);
+        let Label(s, n) = self.a.here();
+        self.a.section(Section::Cold);
+        self.site_stub(Label(s, n - 4), cold, target, false);
+        self.a.section(Section::Hot);
+    }
+
+    /// Where the site with its rel32 at `patch` goes while it is not linked;
+    /// `stub` is here.
+    pub(super) fn site_stub(&mut self, patch: Label, stub: Label, target: u64, alone: bool) {
+        let far = !self.same_page(target);
+        self.sites.push((patch, stub, target, far, alone));
+        let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
+        self.a.mov_imm(S0, target);
+        self.a.mov_imm(S2, u64::from(id));
+        self.a.jmp_abs(self.v.stubs.link);
+    }
+
+    /// In this block's page, so that it moves only with it.
+    pub(super) fn same_page(&self, target: u64) -> bool {
+        self.mode & mode::BASED == 0 && target & !0xfff == self.rip & !0xfff
+    }
+
+    /// Supervisor text keeps its place; when any of it moves, `unlink_far`
+    /// undoes links between pages. User pages differ from process to process.
+    pub(super) fn linkable(&self, target: u64) -> bool {
+        self.same_page(target) || self.mode & mode::USER == 0
+    }
+
+    /// A linked jump backwards in a block that an event would not stop: every
+    /// loop has one that looks.
+    pub(super) fn turns(&self, target: u64) -> bool {
+        !self.probed && target <= self.rip && self.linkable(target)
+    }
+
+    /// A loop without memory accesses must still hear of events. Flags stay.
+    pub(super) fn poll(&mut self, target: u64) {
+        self.a.mov(S0, RCX);
+        self.a.load32(RCX, at::PENDING);
+        let quiet = self.a.jrcxz();
+        self.a.mov(RCX, S0);
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
+        self.a.land(quiet);
+        self.a.mov(RCX, S0);
+    }
+
+    /// After an interrupt shadow: deliver what waits, else go on at `target`.
+    pub(super) fn window(&mut self, target: u64) {
+        self.flags_to_host(S2, ALL);
+        self.a.store8_imm(at::SHADOW, 0);
+        self.a.mov(S0, RCX);
+        self.a.load8(RCX, at::IRQ_WAITING);
+        let quiet = self.a.jrcxz();
+        self.a.mov(RCX, S0);
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
+        self.a.land(quiet);
+        self.a.mov(RCX, S0);
+        self.exit_to(target);
+    }
+
+    pub(super) fn cut(&self, v: u64) -> u64 {
+        match self.bits {
+            64 => v,
+            32 => v & 0xffff_ffff,
+            _ => v & 0xffff,
+        }
+    }
+}

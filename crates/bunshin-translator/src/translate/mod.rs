@@ -1,0 +1,604 @@
+//! Guest code to host code, a block at a time.
+//!
+//! A load `mov rax, [rbx+8]` where the flags are dead becomes
+//!
+//! ```text
+//! hot  1: lea  r8, [rbx+8]            address
+//!         rorx r9, r8, 12             its page number
+//!         movzx r9d, r9w              index into the tables
+//!         add  r8, gs:[TAG_R+r9*8]    minus the page held there: the offset, on a hit
+//!         cmp  r8, 4096-8             a miss and a page crossing are both above
+//!         ja   2
+//!         mov  r9, gs:[HOST+r9*8]
+//!         mov  rax, [r8+r9]           the guest's instruction
+//! cold 2: lea  r8, [rbx+8]
+//!         mov  r9d, info              size, direction
+//!         call miss                   fills the table, or leaves for slow.rs
+//!         jmp  1
+//! ```
+//!
+//! Where the flags live, the probe leaves them alone:
+//!
+//! ```text
+//!         mov  r10, gs:[TAG_R+r9*8]
+//!         lea  r8, [r8+r10]
+//!         mov  r9, gs:[HOST+r9*8]
+//!         mov  r10, rcx
+//!         lea  rcx, [r8+7]
+//!         pext rcx, rcx, gs:[PAGES]   zero if it stays inside the page
+//!         jrcxz 3
+//!         jmp  2                      (cold: mov rcx, r10 first)
+//!      3: mov  rcx, r10
+//! ```
+//!
+//! Where many accesses follow, `lahf; seto al` saves the flags to `cpu.lazy`
+//! once, the first form serves all of them, and `add al, 0x7f; sahf` brings the
+//! flags back before they are needed.
+mod copy;
+mod exits;
+mod group;
+mod keep;
+mod probe;
+mod stack;
+
+use crate::asm::*;
+use crate::block::{Block, Key, Point, Site, NONE};
+use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
+use crate::flags::{effect, live_ahead, Effect, ALL};
+use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
+use crate::mmu::{Exception, Kind, INFO_PLAIN, INFO_WRITE};
+use crate::recipe::Recipe;
+use crate::vcpu::{mode, HelperEntry, Vcpu};
+use iced_x86::{
+    Code, CpuidFeature, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M,
+    OpAccess, OpKind, Register,
+};
+
+use group::Group;
+use probe::Place;
+
+/// Most guest instructions in a block.
+const MOST: usize = 64;
+
+/// Where the guest's arithmetic flags are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Flags {
+    Host,
+    /// In `cpu.lazy`.
+    Lazy,
+    /// Overwritten by a probe; nobody wants them.
+    Dead,
+    /// Overwritten by a probe; `Unit::recipe` brings them back.
+    Recipe,
+}
+
+struct Item {
+    insn: Instruction,
+    /// Offset of its bytes in the fetched window.
+    at: usize,
+    effect: Effect,
+    live_after: u32,
+    /// How it uses its memory operand.
+    access: OpAccess,
+    /// General registers that it writes, a bit each.
+    writes: u16,
+}
+
+impl Item {
+    fn new(insn: Instruction, at: usize, factory: &mut InstructionInfoFactory) -> Self {
+        let info = factory.info(&insn);
+        let access = (0..insn.op_count())
+            .find(|&n| insn.op_kind(n) == OpKind::Memory)
+            .map_or(OpAccess::None, |n| info.op_access(n));
+        let writes = info
+            .used_registers()
+            .iter()
+            .filter(|r| writes(r.access()))
+            .filter_map(|r| gpr_number(r.register()))
+            .fold(0, |m, g| m | 1 << g.0);
+        Self { effect: effect(&insn), insn, at, live_after: ALL, access, writes }
+    }
+}
+
+/// A block being translated.
+struct Unit<'a> {
+    v: &'a mut Vcpu,
+    a: Asm,
+    bytes: &'a [u8],
+    bits: u32,
+    mode: u32,
+    rip: u64,
+    flags: Flags,
+    points: Vec<(Label, u16, bool)>,
+    /// Place of the rel32, the stub, target, whether pages differ, version.
+    sites: Vec<(Label, Label, u64, bool, bool)>,
+    relied: Vec<(u16, u16)>,
+    live_out: u32,
+    info: InstructionInfoFactory,
+    probed: bool,
+    group: Option<Group>,
+    /// How to compute the guest's flags again, if that can be done.
+    recipe: Option<Recipe>,
+    items: &'a [Item],
+    /// Index of the instruction being written, in `items`.
+    now: usize,
+    /// Memory accesses up to where the flags are needed or overwritten.
+    ahead: usize,
+    /// Writing a snippet: the operand lies at `cpu.tmp`, nothing is probed.
+    bounce: bool,
+    /// Index of the instruction being written, for `points`.
+    guest: u16,
+}
+
+/// Memory accesses from the first instruction on before the flags are read or
+/// overwritten.
+fn accesses_ahead(items: &[Item]) -> usize {
+    let mut n = 0;
+    for (k, i) in items.iter().enumerate() {
+        if k > 0 && i.effect.reads != 0 {
+            break;
+        }
+        let memory = (0..i.insn.op_count()).any(|n| i.insn.op_kind(n) == OpKind::Memory);
+        n += usize::from(memory && i.insn.mnemonic() != M::Lea) + usize::from(i.insn.is_stack_instruction());
+        if i.effect.writes != 0 {
+            break;
+        }
+    }
+    n
+}
+
+fn near(i: &Instruction) -> bool {
+    matches!(i.op0_kind(), OpKind::NearBranch16 | OpKind::NearBranch32 | OpKind::NearBranch64)
+}
+
+/// How a block ends, so far as the decoder can tell.
+fn ends(i: &Instruction) -> bool {
+    i.flow_control() != FlowControl::Next || i.code() == Code::INVALID || crate::interp::ends_block(i)
+}
+
+impl Vcpu {
+    /// Translate the block at `rip` in the current mode and return its number.
+    ///
+    /// With `alone` no accesses share a probe: the version for operands that
+    /// cross a page. Fails with the exception that fetching the first
+    /// instruction raises.
+    pub fn translate(&mut self, rip: u64, alone: bool) -> Result<u32, Exception> {
+        let started = bunshin_core::clock::rdtsc();
+        let va = self.linear_rip(rip);
+        let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
+        let gpa = m.gpa | (va & 0xfff);
+        let Some(page) = self.phys.page(gpa) else {
+            return Err(Exception::gp()); // executing a device: not modelled
+        };
+        let host = self.phys.host(gpa & !0xfff).unwrap();
+        let mode = self.mode() | if alone { mode::ALONE } else { 0 };
+        let bits = mode::bits(mode);
+        // A copy: what is decoded must be what is written, whoever changes it now.
+        let mut window = std::mem::take(&mut self.window);
+        window.clear();
+        // SAFETY: a page of guest RAM.
+        window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
+        let start = (va & 0xfff) as usize;
+
+        let mut items: Vec<Item> = Vec::with_capacity(16);
+        let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
+        let mut second = None;
+        {
+            let mut d = decoder(&window[start..], bits, rip);
+            while items.len() < MOST && d.can_decode() {
+                let at = start + d.position();
+                let insn = d.decode();
+                if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
+                    break;
+                }
+                let end = ends(&insn);
+                items.push(Item::new(insn, at, &mut factory));
+                if end {
+                    break;
+                }
+            }
+        }
+        if items.is_empty() {
+            // The first instruction crosses into the next page.
+            let next = (va & !0xfff).wrapping_add(4096);
+            let m2 = self.walk(next, self.fetcher(), Kind::Fetch)?;
+            let mut rest = [0; 16];
+            match self.phys.host(m2.gpa) {
+                // SAFETY: guest RAM.
+                Some(h) => unsafe { std::ptr::copy_nonoverlapping(h as *const u8, rest.as_mut_ptr(), 16) },
+                None => return Err(Exception::gp()),
+            }
+            window.extend_from_slice(&rest);
+            second = Some(m2.gpa);
+            let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
+            items.push(Item::new(insn, start, &mut factory));
+        }
+        let limit = if second.is_some() { window.len() } else { 4096 };
+        let mut u = Unit {
+            a: std::mem::take(&mut self.asm),
+            v: self,
+            bytes: &window[..limit],
+            bits,
+            mode,
+            rip,
+            flags: Flags::Host,
+            points: Vec::with_capacity(32),
+            sites: Vec::new(),
+            relied: Vec::new(),
+            live_out: ALL,
+            info: factory,
+            probed: false,
+            ahead: 0,
+            group: None,
+            recipe: None,
+            items: &[],
+            now: 0,
+            bounce: false,
+            guest: 0,
+        };
+        u.a.clear();
+        u.look_ahead(items.last().map(|i| i.insn).unwrap(), second.is_some());
+        let mut live = u.live_out;
+        for i in items.iter_mut().rev() {
+            i.live_after = live;
+            live = i.effect.live_before(live);
+        }
+        u.entry();
+        let body = u.a.here().1;
+        let mut ended = false;
+        let mut shadow = false;
+        u.items = &items;
+        for (n, item) in items.iter().enumerate() {
+            u.now = n;
+            u.ahead = accesses_ahead(&items[n..]);
+            ended = u.instruction(item);
+            if u.group.as_mut().is_some_and(|g| !g.step(item)) {
+                u.group = None;
+            }
+            u.recipe = u.recipe_after(item);
+            if ended {
+                break;
+            }
+            // STI: one more instruction, then look for interrupts.
+            if shadow {
+                u.window(item.insn.next_ip());
+                ended = true;
+                break;
+            }
+            shadow = item.insn.mnemonic() == M::Sti;
+            if shadow && n + 1 == items.len() {
+                u.window(item.insn.next_ip());
+                ended = true;
+            }
+        }
+        let last = items.last().unwrap().insn;
+        if !ended {
+            u.flags_to_host(S2, u.live_out);
+            u.exit_to(last.next_ip());
+        }
+        let guest_length = (last.next_ip().wrapping_sub(rip) as u16).max(1);
+        let Unit { a, points, sites, relied, info, .. } = u;
+        self.asm = a;
+        self.factory = Some(info);
+        self.window = window;
+        let at = self.cache.next();
+        let length = self.asm.length();
+        let out = self.cache.take(length);
+        self.asm.finish(at, out);
+        let hot = self.asm.hot.len() as u32;
+        let place = |l: Label| l.1 + if l.0 == Section::Cold { hot } else { 0 };
+        let id = self.blocks.all.len() as u32;
+        for (patch, stub, target, far, alone) in sites {
+            self.blocks.sites.push(Site {
+                patch: at + u64::from(place(patch)),
+                stub: at + u64::from(place(stub)),
+                target,
+                linked: false,
+                far,
+                alone,
+                listed: NONE,
+                next: NONE,
+                listed_far: false,
+                next_far: NONE,
+            });
+        }
+        let mut points: Vec<Point> = points
+            .iter()
+            .map(|&(l, guest, host_flags)| Point { host: place(l), guest, host_flags })
+            .collect();
+        points.sort_by_key(|p| p.host);
+        let key = Key { gpa, va: rip, mode };
+        self.blocks.all.push(Block {
+            key,
+            second,
+            length: guest_length,
+            dead: false,
+            host: at,
+            host_length: length as u32,
+            checked: at,
+            body: at + u64::from(body),
+            points: points.into_boxed_slice(),
+            relied,
+            incoming: NONE,
+        });
+        self.blocks.index.insert(key, id);
+        for (page, gpa) in
+            [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten()
+        {
+            self.blocks.by_page.entry(page).or_default().push(id);
+            if !self.phys.code[page] {
+                let host = self.phys.host(gpa & !0xfff).unwrap();
+                self.protect_page(page, host);
+            }
+        }
+        self.counters.blocks += 1;
+        self.counters.instructions_translated += items.len() as u64;
+        self.counters.host_bytes += length as u64;
+        self.counters.translate_ticks += bunshin_core::clock::rdtsc() - started;
+        Ok(id)
+    }
+}
+
+impl Vcpu {
+    /// Code that runs one copied instruction with its memory operand at the
+    /// address in `cpu.tmp`, then leaves. `bytes` are the instruction's.
+    pub fn snippet(&mut self, bytes: &[u8], insn: &Instruction) -> u64 {
+        let bits = mode::bits(self.mode());
+        let mut key = [0u8; 16];
+        key[..bytes.len()].copy_from_slice(bytes);
+        key[15] = bits as u8;
+        let key = u128::from_le_bytes(key);
+        if let Some(&at) = self.snippets.get(&key) {
+            return at;
+        }
+        if self.cache.room() < 4096 {
+            self.flush_code();
+        }
+        let mode = self.mode();
+        let mut u = Unit {
+            a: std::mem::take(&mut self.asm),
+            v: self,
+            bytes,
+            bits,
+            mode,
+            rip: insn.ip(),
+            flags: Flags::Host,
+            points: Vec::new(),
+            sites: Vec::new(),
+            relied: Vec::new(),
+            live_out: ALL,
+            info: InstructionInfoFactory::new(),
+            probed: false,
+            ahead: 0,
+            group: None,
+            recipe: None,
+            items: &[],
+            now: 0,
+            bounce: true,
+            guest: 0,
+        };
+        u.a.clear();
+        u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
+        u.a.jmp_abs(u.v.stubs.snippet_end);
+        self.asm = u.a;
+        let at = self.cache.next();
+        let length = self.asm.length();
+        let out = self.cache.take(length);
+        self.asm.finish(at, out);
+        self.snippets.insert(key, at);
+        at
+    }
+}
+
+impl Unit<'_> {
+    fn wide(&self) -> bool {
+        self.bits == 64
+    }
+
+    fn stack_size(&self, i: &Instruction) -> u8 {
+        match i.stack_pointer_increment().unsigned_abs() {
+            n @ (2 | 4 | 8) => n as u8,
+            _ => (self.bits / 8) as u8,
+        }
+    }
+
+    fn offset_of(&self, target: u64) -> Option<usize> {
+        let base = self.rip & !0xfff;
+        (self.mode & mode::BASED == 0 && target & !0xfff == base).then_some((target & 0xfff) as usize)
+    }
+
+    /// Flags that the code after this block may read, as far as it lies in the
+    /// same page.
+    fn look_ahead(&mut self, last: Instruction, crossing: bool) {
+        let mut targets: Vec<u64> = Vec::new();
+        match last.flow_control() {
+            FlowControl::UnconditionalBranch | FlowControl::Call if near(&last) => {
+                targets.push(last.near_branch_target());
+            }
+            FlowControl::ConditionalBranch => {
+                targets.push(last.near_branch_target());
+                targets.push(last.next_ip());
+            }
+            FlowControl::Next if !ends(&last) => targets.push(last.next_ip()),
+            _ => return,
+        }
+        if crossing {
+            return;
+        }
+        let mut live = 0;
+        for t in targets {
+            let Some(off) = self.offset_of(t) else {
+                live = ALL;
+                continue;
+            };
+            let mut d = decoder(&self.bytes[off..], self.bits, t);
+            live |= live_ahead(|| d.can_decode().then(|| d.decode()));
+            self.relied.push((off as u16, (off + d.position()) as u16));
+        }
+        self.live_out = live;
+    }
+
+    /// Entry for indirect jumps: r8 must be this block's rip. Flags stay.
+    fn entry(&mut self) {
+        let neg = self.rip.wrapping_neg();
+        self.a.mov(S2, RCX);
+        if i32::try_from(neg as i64).is_ok() {
+            self.a.lea(true, RCX, Some(S0), None, neg as i32);
+        } else {
+            self.a.mov_imm(RCX, neg);
+            self.a.lea(true, RCX, Some(RCX), Some((S0, 1)), 0);
+        }
+        let same = self.a.jrcxz();
+        self.a.mov(RCX, S2);
+        self.a.jmp_abs(self.v.stubs.lookup);
+        self.a.land(same);
+        self.a.mov(RCX, S2);
+    }
+
+    fn point(&mut self, host_flags: bool) {
+        let l = self.a.here();
+        self.points.push((l, self.guest, host_flags));
+    }
+
+    /// Let Rust perform the instruction; comes back here unless it jumps.
+    fn helper(&mut self, i: &Instruction) {
+        self.group = None;
+        if self.flags == Flags::Recipe {
+            self.flags_to_host(S0, ALL);
+        }
+        let id = self.v.helpers.len() as u32;
+        self.v.helpers.push(HelperEntry::new(*i));
+        self.point(false);
+        self.a.mov_imm(S2, u64::from(id));
+        let stub = if self.flags == Flags::Host { self.v.stubs.helper } else { self.v.stubs.helper_lazy };
+        self.a.call_abs(stub);
+        self.flags = Flags::Host;
+    }
+
+    /// Translate one instruction; true if it ended the block.
+    fn instruction(&mut self, item: &Item) -> bool {
+        let i = &item.insn;
+        self.guest = i.ip().wrapping_sub(self.rip) as u16;
+        let live_before = item.effect.live_before(item.live_after);
+        if !self.by_generic(i) && self.recipe_after(item).is_none() {
+            if self.flags == Flags::Recipe {
+                self.flags_to_host(S0, ALL);
+            }
+            self.recipe = None;
+        }
+        if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
+            self.helper(i);
+            if ends(i) {
+                // The helper itself jumps; this is for the ones that fall through.
+                self.exit_to(i.next_ip());
+                return true;
+            }
+            return false;
+        }
+        match i.flow_control() {
+            FlowControl::Next => {}
+            _ => {
+                self.branch(i, live_before);
+                return true;
+            }
+        }
+        match i.mnemonic() {
+            M::Nop
+            | M::Prefetchnta
+            | M::Prefetcht0
+            | M::Prefetcht1
+            | M::Prefetcht2
+            | M::Prefetchw
+            | M::Prefetch
+            | M::Prefetchwt1
+            | M::Endbr32
+            | M::Endbr64
+            | M::Cldemote
+            | M::Prefetchit0
+            | M::Prefetchit1 => {}
+            // Without memory some vendors refuse it.
+            M::Reservednop if i.op0_kind() == OpKind::Memory => {}
+            // A REX prefix would make it an exchange.
+            M::Pause => self.a.b(&[0xf3, 0x90]),
+            M::Clflush | M::Clflushopt | M::Clwb => {
+                // Nothing to flush, but it faults as a load does.
+                self.probe(Place::Operand(i), 1, false, live_before);
+            }
+            M::Lea => self.lea(i),
+            M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),
+            M::Push => {
+                let size = self.stack_size(i);
+                self.load_operand(i, live_before, size);
+                self.a.store(at::TMP, S0);
+                self.push_with(size, live_before, |u, m| {
+                    let r = u.scratch_beside(m);
+                    u.a.load(r, at::TMP);
+                    u.a.store_mem(size, m, r);
+                });
+            }
+            M::Pop if i.op0_kind() == OpKind::Register => self.pop(i, live_before),
+            M::Leave => {
+                let size = (self.bits / 8) as u8;
+                let m = self.probe(Place::Frame, u32::from(size), false, live_before);
+                self.a.load_mem(size, S0, m);
+                self.a.lea(self.wide(), GSP, Some(5), None, i32::from(size));
+                self.a.mov(5, S0);
+            }
+            M::Cli => self.a.store8_imm(at::IFLAG, 0),
+            M::Sti => {
+                self.a.store8_imm(at::IFLAG, 1);
+                self.a.store8_imm(at::SHADOW, 1);
+            }
+            M::Cld => self.a.store8_imm(at::DF, 0),
+            M::Std => self.a.store8_imm(at::DF, 1),
+            M::Stac => self.a.store8_imm(at::AC, 1),
+            M::Clac => {
+                self.flags_to_host(S0, live_before);
+                // User pages entered while AC was set must go.
+                self.a.store8_imm(at::AC, 0);
+                self.a.mov(S0, RCX);
+                self.a.load32(RCX, at::KUSER);
+                let none = self.a.jrcxz();
+                self.a.mov(RCX, S0);
+                let flags = self.flags;
+                self.helper(i);
+                self.flags = flags;
+                let done = self.a.jmp_short();
+                self.a.land(none);
+                self.a.mov(RCX, S0);
+                self.a.land(done);
+            }
+            M::Swapgs => {
+                self.a.load(S0, at::seg_base(5));
+                self.a.load(S1, at::KERNEL_GS_BASE);
+                self.a.store(at::seg_base(5), S1);
+                self.a.store(at::KERNEL_GS_BASE, S0);
+            }
+            M::Rdtsc => {
+                self.a.b(&[0x0f, 0x31]);
+                self.a.rorx(2, 2, 32);
+                self.a.lea(true, RAX, Some(RAX), Some((2, 1)), 0);
+                self.a.load(S0, at::TSC_OFFSET);
+                self.a.lea(true, RAX, Some(RAX), Some((S0, 1)), 0);
+                self.a.rorx(2, RAX, 32);
+                self.a.mov32(2, 2);
+                self.a.mov32(RAX, RAX);
+            }
+            M::Rdfsbase | M::Rdgsbase => {
+                let n = if i.mnemonic() == M::Rdfsbase { 4 } else { 5 };
+                let (to, _) = gpr_number(i.op0_register()).unwrap();
+                let h = pinned(to).unwrap_or(S0);
+                if i.op0_register().size() == 8 {
+                    self.a.load(h, at::seg_base(n));
+                } else {
+                    self.a.load32(h, at::seg_base(n));
+                }
+                if pinned(to).is_none() {
+                    self.a.store(at::gpr(to), h);
+                }
+            }
+            _ => self.generic(item),
+        }
+        false
+    }
+}

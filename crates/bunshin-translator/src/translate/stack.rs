@@ -1,0 +1,78 @@
+//! PUSH and POP.
+use super::*;
+
+impl Unit<'_> {
+    pub(super) fn push(&mut self, i: &Instruction, live: u32) {
+        let size = self.stack_size(i);
+        match i.op0_kind() {
+            OpKind::Register => {
+                let (n, _) = gpr_number(i.op0_register()).unwrap();
+                self.push_with(size, live, |u, m| {
+                    let r = pinned(n).unwrap_or_else(|| {
+                        let r = u.scratch_beside(m);
+                        u.a.load(r, at::gpr(n));
+                        r
+                    });
+                    u.a.store_mem(size, m, r);
+                });
+            }
+            _ => {
+                let v = i.immediate(0);
+                self.push_const(size, v, live);
+            }
+        }
+    }
+
+    pub(super) fn pop(&mut self, i: &Instruction, live: u32) {
+        let size = self.stack_size(i);
+        let (n, _) = gpr_number(i.op0_register()).unwrap();
+        if let Some(h) = pinned(n).filter(|_| n != 4 && size >= 4) {
+            let m = self.probe(Place::Stack(0), size.into(), false, live);
+            self.a.load_mem(size, h, m);
+            self.move_stack(i32::from(size));
+            return;
+        }
+        self.pop_to_s0(size, live);
+        self.move_stack(i32::from(size));
+        match pinned(n) {
+            Some(h) if size >= 4 => self.a.mov(h, S0),
+            // mov h16, r8w
+            Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc0 | (h & 7)]),
+            None if size >= 4 => self.a.store(at::gpr(n), S0),
+            None => {
+                self.a.load(S1, at::gpr(n));
+                self.a.b(&[0x66, 0x45, 0x89, 0xc1]); // mov r9w, r8w
+                self.a.store(at::gpr(n), S1);
+            }
+        }
+    }
+
+    /// Push what `put` stores.
+    pub(super) fn push_with(&mut self, size: u8, live: u32, put: impl FnOnce(&mut Self, Mem)) {
+        let m = self.probe(Place::Stack(size.into()), size.into(), true, live);
+        put(self, m);
+        self.move_stack(-i32::from(size));
+    }
+
+    pub(super) fn push_const(&mut self, size: u8, v: u64, live: u32) {
+        self.push_with(size, live, |u, m| {
+            if size < 8 || i32::try_from(v as i64).is_ok() {
+                u.a.store_mem_imm(size, m, v as i32);
+            } else {
+                let r = u.scratch_beside(m);
+                u.a.mov_imm(r, v);
+                u.a.store_mem(size, m, r);
+            }
+        });
+    }
+
+    /// Pop into r8, without moving the stack pointer.
+    pub(super) fn pop_to_s0(&mut self, size: u8, live: u32) {
+        let m = self.probe(Place::Stack(0), size.into(), false, live);
+        self.a.load_mem(size, S0, m);
+    }
+
+    pub(super) fn move_stack(&mut self, by: i32) {
+        self.a.lea(self.wide(), GSP, Some(GSP), None, by);
+    }
+}
