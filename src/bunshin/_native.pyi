@@ -113,6 +113,8 @@ class Vcpu:
 
         Raises EngineError (`cpu-state`) when it does not have those fields.
         """
+    def set_tsc(self, tsc: int) -> None:
+        """Set the time-stamp counter; the guest's other clocks and timers move with it."""
     def kick(self) -> None:
         """Make `run` return KICKED soon; any thread."""
     def translate(self, gva: int) -> int | None:

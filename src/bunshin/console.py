@@ -12,7 +12,8 @@ from .errors import Timeout
 
 KEPT = 4 << 20
 """Unread bytes kept; older ones are dropped."""
-_TAIL = 400
+REMEMBERED = 16 << 10
+"""Bytes that `tail` can give at most."""
 
 
 class Console:
@@ -95,7 +96,7 @@ class Console:
                 self._wait(look, timeout)
             if found:
                 return found[0]
-            tail = bytes(self._tail)
+            tail = self.tail()
             shown = tail[-200:].decode("utf-8", "replace")
             if self._ended is not None:
                 why = f"the run ended ({self._ended}) before {compiled.pattern!r} was printed"
@@ -103,9 +104,9 @@ class Console:
             why = f"{compiled.pattern!r} was not printed within {timeout} s"
             raise Timeout("console-timeout", f"console: {why}; last output: {shown!r}", tail)
 
-    def tail(self) -> bytes:
-        """The last few hundred bytes of output, read or not."""
-        return bytes(self._tail)
+    def tail(self, length: int = 400) -> bytes:
+        """The last `length` bytes of output at most, read or not."""
+        return bytes(self._tail[-length:])
 
     def feed(self, data: bytes) -> None:
         """Take output; called by the machine."""
@@ -114,8 +115,8 @@ class Console:
             if len(self._unread) > KEPT:
                 del self._unread[: len(self._unread) - KEPT]
             self._tail += data
-            if len(self._tail) > 2 * _TAIL:
-                del self._tail[:-_TAIL]
+            if len(self._tail) > 2 * REMEMBERED:
+                del self._tail[:-REMEMBERED]
             if self._waiters:
                 self._condition.notify_all()
         if self._copy is not None:

@@ -29,7 +29,7 @@ from .board.small import SmallBoard, attach, check_gsi
 from .bus import Bus
 from .clock import Clock
 from .config import MachineConfig
-from .console import Console
+from .console import REMEMBERED, Console
 from .devices import Device
 from .errors import BunshinError, ConfigError, EngineError, Timeout
 from .irq import IrqLine, IrqLines
@@ -328,7 +328,7 @@ class Machine:
             parts, at, end = [], gva, gva + length
             while at < end:
                 size = min(end - at, 4096 - at % 4096)
-                gpa = vcpu.translate(at)
+                gpa = vcpu.translate(at) if 0 <= at < 1 << 64 else None
                 if gpa is None:
                     raise ConfigError("not-mapped", f"gva {at:#x} is not mapped")
                 parts.append(self.memory.read(gpa, size))
@@ -435,6 +435,7 @@ class Machine:
 
     def _park(self, cpu: _Cpu) -> bool:
         """Stand still as long as somebody wants it; False when the thread must end."""
+        tsc: int | None = None
         with self._lock:
             while True:
                 while cpu.calls:
@@ -444,9 +445,13 @@ class Machine:
                     self._lock.notify_all()
                     return False
                 if self._state == "running":
+                    if tsc is not None:
+                        cpu.vcpu.set_tsc(tsc)
                     cpu.parked = False
                     self._attention = any(other.calls for other in self._threads)
                     return True
+                if self._state == "paused" and tsc is None:
+                    tsc = cpu.vcpu.state()["tsc"]
                 cpu.parked = True
                 self._lock.notify_all()
                 self._lock.wait()
@@ -465,6 +470,8 @@ class Machine:
         Raises:
             Timeout: the thread was held up in a device for `timeout` seconds.
         """
+        if self._state == "built" or self._closed:
+            raise ConfigError("machine-state", f"this machine is {self.status}")
         if not 0 <= index < len(self._threads):
             raise ConfigError("cpu", f"cpu {index}: this machine has {len(self._threads)}")
         cpu = self._threads[index]
@@ -480,8 +487,8 @@ class Machine:
             self._lock.notify_all()
 
         with self._lock:
-            if self._state == "built" or self._closed:
-                raise ConfigError("machine-state", f"this machine is {self.status}")
+            if self._closed:
+                raise ConfigError("machine-state", "this machine is closed")
             if cpu.thread is current_thread():
                 raise ConfigError("machine-state", "called by a device of this machine")
             cpu.calls.append(call)
@@ -499,8 +506,10 @@ class Machine:
 
     def _guest_ended(self, kind: str, detail: str) -> None:
         if kind == "panic":
-            lines = self.console.tail().decode("utf-8", "replace").splitlines()
-            detail = next((line for line in lines if "Kernel panic" in line), detail).strip()
+            # A call trace stands between the message and the end.
+            lines = self.console.tail(REMEMBERED).decode("utf-8", "replace").splitlines()
+            found = (line for line in reversed(lines) if "Kernel panic - " in line)
+            detail = next(found, detail).strip()
         self._end(kind, detail)
 
     def _failed(self, error: BaseException) -> None:

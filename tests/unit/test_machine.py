@@ -126,8 +126,10 @@ def test_pause_stops_the_guest_and_its_time(native: Any, kernel: str) -> None:
     native.guests = [counter]
     with Machine(kernel) as machine:
         machine.start()
+        machine._threads[0].vcpu.loaded["tsc"] = 1000  # type: ignore[attr-defined]
         machine.pause()
         assert machine.status == "paused"
+        machine._threads[0].vcpu.loaded["tsc"] = 2000  # type: ignore[attr-defined]
         before, time = machine.stats().get("exits.pio-out", 0), machine.clock.now_ns()
         assert machine.registers["rip"] == 0x100_0040
         assert machine.stats().get("exits.pio-out", 0) == before
@@ -137,6 +139,7 @@ def test_pause_stops_the_guest_and_its_time(native: Any, kernel: str) -> None:
         machine.resume()
         while machine.stats().get("exits.pio-out", 0) == before:
             machine.registers  # noqa: B018
+        assert machine.registers["tsc"] == 1000, "the counter stands still too"
         machine.pause()
         machine.stop()
         assert machine.wait(10).kind == "stopped"
