@@ -103,6 +103,8 @@ pub struct Blocks {
     pub sites: Vec<Site>,
     /// First of the linked sites that cross pages.
     pub far_links: u32,
+    /// Points of all blocks, dead ones included.
+    pub points: usize,
 }
 
 impl Default for Blocks {
@@ -113,6 +115,7 @@ impl Default for Blocks {
             by_page: NumberMap::default(),
             sites: Vec::new(),
             far_links: NONE,
+            points: 0,
         }
     }
 }

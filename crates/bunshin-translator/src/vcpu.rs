@@ -215,6 +215,8 @@ unsafe impl Send for Vcpu {}
 const ROOM: usize = 1 << 16;
 /// Most blocks, dead ones included, before everything is translated afresh.
 const BLOCKS: usize = 400_000;
+/// Most points of them all.
+const POINTS: usize = 4_000_000;
 /// Code cache, bytes.
 const CACHE: usize = 96 << 20;
 
@@ -436,7 +438,7 @@ impl Vcpu {
     fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
         let mut site = site;
         let alone = self.is_alone(site);
-        if self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS {
+        if self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS || self.blocks.points > POINTS {
             self.flush_code();
             site = NO_SITE;
         }

@@ -1,6 +1,8 @@
 """Packages of the distribution, by `apt-cache` and `apt-get download`: no root needed.
 
-What is downloaded is checked against the SHA-256 in apt's own signed index.
+What is downloaded is checked against the SHA-256 in apt's own signed index. Where
+the system's index is missing, as in fresh containers, `refresh` fetches one into the
+user's cache directory with the system's sources and keys.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import subprocess
 from dataclasses import dataclass
 
 from ..errors import ImageError
-from .cache import HINT, digest
+from .cache import HINT, digest, root
 from .progress import Progress
+
+_PATIENCE = ("-o", "Acquire::http::Timeout=20", "-o", "Acquire::https::Timeout=20")
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,46 @@ class Package:
     depends: str
 
 
+_own: list[str] = []
+"""Options that make apt use the index in the cache directory, once there is one."""
+
+
+def refresh(progress: Progress) -> bool:
+    """Fetch the distribution's package lists into the cache directory.
+
+    Returns:
+        True if there are new lists to look in.
+    """
+    if _own:
+        return False
+    home = os.path.join(root(), "apt")
+    for part in ("lists/partial", "archives/partial"):
+        os.makedirs(os.path.join(home, part), exist_ok=True)
+    options = [
+        "-o", f"Dir::State::lists={home}/lists", "-o", f"Dir::Cache={home}",
+        # Root's apt would fetch as another user, who cannot write here.
+        "-o", "APT::Sandbox::User=root",
+    ]  # fmt: skip
+    progress.step("fetching the distribution's package lists")
+    done = subprocess.run(
+        [_tool("apt-get"), "update", "-q=2", "-o", "Acquire::Retries=1", *_PATIENCE, *options],
+        env={**os.environ, "LC_ALL": "C"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        _own.extend(options)
+    return done.returncode == 0
+
+
 def show(name: str) -> Package | None:
     """What apt would download for `name`; None when it knows no such package.
 
     Raises:
         ImageError: there is no apt here.
     """
-    text = _run("apt-cache", "show", "--no-all-versions", name)
+    text = _run("apt-cache", *_own, "show", "--no-all-versions", name)
     fields: dict[str, str] = {}
     for line in text.split("\n\n")[0].splitlines():
         key, colon, value = line.partition(":")
@@ -60,8 +97,7 @@ def download(package: Package, directory: str, progress: Progress) -> str:
     progress.step(f"downloading {package.name} {package.version} ({package.length / 1e6:.1f} MB)")
     command = [
         _tool("apt-get"), "download", "-q=2", "-o", "APT::Status-Fd=1",
-        "-o", "Acquire::Retries=1", "-o", "Acquire::http::Timeout=20",
-        "-o", "Acquire::https::Timeout=20", f"{package.name}={package.version}",
+        "-o", "Acquire::Retries=1", *_PATIENCE, *_own, f"{package.name}={package.version}",
     ]  # fmt: skip
     complaint = ""
     before = set(os.listdir(directory))

@@ -64,8 +64,8 @@ def build(directory: str, progress: Progress) -> dict[str, str]:
         ImageError: no apt, no network, or a package that is not as expected.
     """
     progress.step("asking apt for a kernel and busybox")
-    kernel_package = _kernel_package()
-    busybox_package = _package("busybox-static")
+    kernel_package = _kernel_package(progress)
+    busybox_package = _package("busybox-static", progress)
     work = os.path.join(directory, "packages")
     os.mkdir(work)
     kernel_deb = apt.download(kernel_package, work, progress)
@@ -121,21 +121,25 @@ def applets(busybox: bytes) -> list[str]:
     return names
 
 
-def _kernel_package() -> apt.Package:
+def _kernel_package(progress: Progress) -> apt.Package:
     for meta in KERNELS:
         found = apt.show(meta)
         match = found and re.search(r"\b(linux-image-\d[\w.+-]*)", found.depends)
         package = apt.show(match[1]) if match else None
         if package is not None:
             return package
+    if apt.refresh(progress):
+        return _kernel_package(progress)
     raise ImageError(
         "image-no-package",
         f"image tiny: apt knows none of {', '.join(KERNELS)} (apt-get update may help); {HINT}",
     )
 
 
-def _package(name: str) -> apt.Package:
+def _package(name: str, progress: Progress) -> apt.Package:
     found = apt.show(name)
+    if found is None and apt.refresh(progress):
+        found = apt.show(name)
     if found is None:
         raise ImageError(
             "image-no-package",

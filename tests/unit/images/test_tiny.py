@@ -91,6 +91,8 @@ class Mirror:
 def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mirror:
     (tmp_path / "mirror").mkdir()
     monkeypatch.setenv("PATH", f"{tmp_path / 'mirror'}:/usr/bin:/bin")
+    monkeypatch.setenv("BUNSHIN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(apt, "_own", [])
     return Mirror(tmp_path / "mirror")
 
 
@@ -141,6 +143,22 @@ def test_apt_without_an_index(mirror: Mirror, tmp_path: Path) -> None:
     (mirror.directory / "apt-cache").write_text("#!/bin/sh\nexit 100\n")
     with pytest.raises(ImageError, match="apt-get update may help"):
         build(tmp_path)
+
+
+def test_apt_with_an_index_of_our_own(mirror: Mirror, tmp_path: Path) -> None:
+    """The system has no package lists; `apt-get update` into the cache brings some."""
+    mirror.open()
+    cache, get = mirror.directory / "apt-cache", mirror.directory / "apt-get"
+    cache.rename(mirror.directory / "lists")
+    get.rename(mirror.directory / "fetch")
+    cache.write_text(f'#!/bin/sh\n[ "$1" = -o ] || exit 100\nshift 6\nexec {mirror.directory}/lists "$@"\n')
+    get.write_text(f'#!/bin/sh\n[ "$1" = update ] && exit 0\nexec {mirror.directory}/fetch "$@"\n')
+    for tool in (cache, get):
+        tool.chmod(0o755)
+    target, said, _ = build(tmp_path)
+    assert (target / "kernel").read_bytes() == b"kernel"
+    assert any("package lists" in line for line in said)
+    assert (tmp_path / "cache" / "apt" / "lists" / "partial").is_dir()
 
 
 def test_packages_that_are_not_as_expected(mirror: Mirror, tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ impl Vcpu {
             .collect();
         points.sort_by_key(|p| p.host);
         let key = Key { gpa, va: rip, mode };
+        self.blocks.points += points.len();
         self.blocks.all.push(Block {
             key,
             second,
