@@ -11,6 +11,7 @@ use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
@@ -811,9 +812,39 @@ impl Drop for Vcpu {
 // They run with the guest's vector registers live above bit 127, so they must
 // not call anything that uses AVX, such as the C library's memcpy.
 
+// A panic must not unwind into translated code: it ends the run as a failure.
+
+fn guarded(v: &mut Vcpu, otherwise: u64, f: impl FnOnce(&mut Vcpu) -> u64) -> u64 {
+    match catch_unwind(AssertUnwindSafe(|| f(v))) {
+        Ok(code) => code,
+        Err(_) => {
+            v.fail("the translator failed an assertion of its own".into());
+            v.cpu_mut().exit = exit::EVENT;
+            v.cpu().pending.store(1, Ordering::Release);
+            otherwise
+        }
+    }
+}
+
+extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
+    guarded(v, 0, |v| fill_or_fault(v, va, info))
+}
+
+extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
+    guarded(v, 0, |v| if v.cpu().eflags & TF != 0 { 0 } else { v.lookup(rip) })
+}
+
+extern "C" fn link(v: &mut Vcpu, rip: u64, site: u32) -> u64 {
+    guarded(v, 0, |v| v.link(rip, site))
+}
+
+extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
+    guarded(v, 1, |v| help(v, id))
+}
+
 /// 0: take the slow path; 1: try again; 2: leave, `cpu.exit` says why; else
 /// code to go on at.
-extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
+fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
     v.counters.tlb_fills += 1;
     match v.fill(va, info) {
         Filled::Slow => 0,
@@ -833,19 +864,8 @@ extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
     }
 }
 
-extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
-    if v.cpu().eflags & TF != 0 {
-        return 0;
-    }
-    v.lookup(rip)
-}
-
-extern "C" fn link(v: &mut Vcpu, rip: u64, site: u32) -> u64 {
-    v.link(rip, site)
-}
-
 /// 0: fall through; 1: leave, `cpu.exit` says why; else code to go on at.
-extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
+fn help(v: &mut Vcpu, id: u32) -> u64 {
     let h = &v.helpers[id as usize];
     let (helper, insn): (Helper, *const Instruction) = (h.helper, &raw const h.insn);
     // SAFETY: helpers are only cleared by the loop, outside translated code.
