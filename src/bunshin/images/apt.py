@@ -59,9 +59,11 @@ def refresh(progress: Progress) -> bool:
         capture_output=True,
         check=False,
     )
-    if done.returncode == 0:
-        _own.extend(options)
-    return done.returncode == 0
+    if done.returncode != 0:
+        shutil.rmtree(home, ignore_errors=True)
+        return False
+    _own.extend(options)
+    return True
 
 
 def show(name: str) -> Package | None:
