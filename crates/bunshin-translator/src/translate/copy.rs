@@ -4,10 +4,26 @@ use super::*;
 /// Only general registers: such an instruction cannot fault on the host once its
 /// memory operand is checked (divisions read all flags).
 fn integer_only(i: &Instruction) -> bool {
-    let x87 = i.cpuid_features().iter().any(|f| {
-        matches!(f, CpuidFeature::FPU | CpuidFeature::FPU287 | CpuidFeature::FPU387 | CpuidFeature::MMX)
-    });
-    !x87 && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
+    use CpuidFeature as F;
+    i.cpuid_features().iter().all(|f| {
+        matches!(
+            f,
+            F::INTEL8086
+                | F::INTEL186
+                | F::INTEL286
+                | F::INTEL386
+                | F::INTEL486
+                | F::X64
+                | F::CMOV
+                | F::POPCNT
+                | F::LZCNT
+                | F::BMI1
+                | F::BMI2
+                | F::ADX
+                | F::MOVBE
+        )
+    }) && !matches!(i.mnemonic(), M::Wait | M::Div | M::Idiv)
+        && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
 }
 
 impl Unit<'_> {
@@ -28,6 +44,9 @@ impl Unit<'_> {
             return self.moffs(i, live_before);
         }
         let bit_string = crate::interp::bit_string(i);
+        if bit_string {
+            self.claim_all();
+        }
         let mut to = Renamed::default();
         let high = (0..i.op_count())
             .find(|&n| i.op_kind(n) == OpKind::Register && gpr_number(i.op_register(n)).is_some_and(|g| g.1));
@@ -79,11 +98,13 @@ impl Unit<'_> {
         }
         // Registers kept in memory, through scratch ones.
         let fields = [s.reg, s.rm, s.vvvv, s.opcode];
-        let mut free: &[u8] = match to.mem {
+        let mut allowed: &[u8] = match to.mem {
             Some(m) if m.base == S2 => &[S0, S1],
             Some(_) => &[S2],
-            None => &[S0, S1, S2],
+            None if self.group.is_some() => &[S0, S1, S2],
+            None => &[S2, S0, S1],
         };
+        let mut used: Vec<u8> = Vec::new();
         let mut taken: [(u8, u8, bool); 4] = [(255, 0, false); 4];
         let mut count = 0;
         let mut spilled = fields
@@ -98,7 +119,7 @@ impl Unit<'_> {
             // Two of them beside a memory operand: fold the address into one register.
             self.a.lea(true, S0, Some(S0), m.index.map(|x| (x, 1)), 0);
             to.mem = Some(Mem { base: S0, index: None, disp: 0 });
-            free = &[S1, S2];
+            allowed = &[S1, S2];
         }
         for (slot, &f) in fields.iter().enumerate() {
             if f == 0 || i.op_kind(u32::from(f) - 1) != OpKind::Register {
@@ -108,7 +129,8 @@ impl Unit<'_> {
             let Some((n, high_byte)) = gpr_number(reg) else { continue };
             let host = if high_byte {
                 if copy {
-                    let h = self.take(&mut free);
+                    let h = self.pick(allowed, &used);
+                    used.push(h);
                     self.a.rorx(h, n, 8);
                     h
                 } else if swap.is_some() {
@@ -121,11 +143,15 @@ impl Unit<'_> {
             } else if let Some(t) = taken[..count].iter().find(|t| t.0 == n) {
                 t.1
             } else {
-                let h = self.take(&mut free);
                 let (reads_it, writes_it) = self.operand_access(i, n);
-                if reads_it || reg.size() < 4 {
-                    self.a.load(h, at::gpr(n));
-                }
+                let h = self.cached(n).unwrap_or_else(|| {
+                    let h = self.pick(allowed, &used);
+                    if reads_it || reg.size() < 4 {
+                        self.a.load(h, at::gpr(n));
+                    }
+                    h
+                });
+                used.push(h);
                 taken[count] = (n, h, writes_it);
                 count += 1;
                 h
@@ -151,6 +177,9 @@ impl Unit<'_> {
             // xchg low, high: 86 /r
             self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
         }
+        if !integer_only(i) {
+            self.write_back();
+        }
         self.point(self.flags == Flags::Host);
         let out = self.a.buf();
         encode(&p, bytes, &to, out);
@@ -158,9 +187,11 @@ impl Unit<'_> {
             self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
         }
         for &(n, h, written) in &taken[..count] {
-            if written {
-                self.a.store(at::gpr(n), h);
+            if bit_string {
+                continue;
             }
+            let dirty = written || self.cache[usize::from(h - S0)].is_some_and(|c| c.1);
+            self.cache(h, n, dirty);
         }
         if item.effect.writes != 0 {
             self.flags = Flags::Host;
@@ -209,35 +240,46 @@ impl Unit<'_> {
         let base = i.memory_base();
         let index = i.memory_index();
         let address = if base != Register::None { base.size() } else { index.size() };
-        let to = pinned(n).unwrap_or(S0);
         let disp = i.memory_displacement64();
-        if base == Register::None && index == Register::None || i.is_ip_rel_memory_operand() {
-            let v = if size == 8 { disp } else { disp & 0xffff_ffff };
-            let v = if self.bits == 64 { v } else { v & 0xffff_ffff };
-            if size == 2 {
-                self.a.mov_imm(S1, v & 0xffff);
-                self.low16(n, S1);
-                return;
+        let constant = base == Register::None && index == Register::None || i.is_ip_rel_memory_operand();
+        if size == 2 || address == 2 {
+            self.claim_all();
+            if constant {
+                self.a.mov_imm(S1, disp & 0xffff);
+            } else {
+                let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
+                let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
+                let disp = if address == 2 { disp as i16 as i32 } else { disp as i32 };
+                self.a.lea(false, S1, b, x, disp);
             }
+            if size == 2 {
+                return self.low16(n, S1);
+            }
+            let to = pinned(n).unwrap_or(S0);
+            self.a.movzx16(to, S1);
+            if to == S0 {
+                self.a.store(at::gpr(n), to);
+            }
+            return;
+        }
+        let b = gpr_number(base).filter(|_| !constant).map(|(n, _)| self.get(n, &[]));
+        let used: &[u8] = &b.map_or([0], |b| [b]);
+        let x = gpr_number(index)
+            .filter(|_| !constant)
+            .map(|(n, _)| (self.get(n, used), i.memory_index_scale() as u8));
+        let to = pinned(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
+            // The sources are read before this is written, so it may be one of them.
+            let allowed: &[u8] = if self.group.is_some() { &[S0, S1] } else { &[S2, S0, S1] };
+            self.pick(allowed, &[])
+        });
+        if constant {
+            let v = if size == 8 && self.bits == 64 { disp } else { disp & 0xffff_ffff };
             self.a.mov_imm(to, v);
         } else {
-            let b = gpr_number(base).map(|(n, _)| self.use_gpr(n, S0));
-            let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
-            let disp = if address == 2 { disp as i16 as i32 } else { disp as i32 };
-            let wide = size == 8 && address == 8;
-            if size == 2 || address == 2 {
-                self.a.lea(false, S1, b, x, disp);
-                if size == 2 {
-                    self.low16(n, S1);
-                    return;
-                }
-                self.a.movzx16(to, S1);
-            } else {
-                self.a.lea(wide, to, b, x, disp);
-            }
+            self.a.lea(size == 8 && address == 8, to, b, x, disp as i32);
         }
         if pinned(n).is_none() {
-            self.a.store(at::gpr(n), to);
+            self.cache(to, n, true);
         }
     }
 

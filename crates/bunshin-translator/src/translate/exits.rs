@@ -216,6 +216,7 @@ impl Unit<'_> {
 
     /// After an interrupt shadow: deliver what waits, else go on at `target`.
     pub(super) fn window(&mut self, target: u64) {
+        self.claim_all();
         self.flags_to_host(S2, ALL);
         self.a.store8_imm(at::SHADOW, 0);
         self.a.mov(S0, RCX);

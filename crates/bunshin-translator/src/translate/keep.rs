@@ -5,6 +5,7 @@ use super::*;
 impl Unit<'_> {
     /// Keep the flags in memory from here on.
     pub(super) fn flags_to_lazy(&mut self) {
+        self.claim(S0);
         self.a.mov(S0, RAX);
         self.a.lahf_seto();
         self.a.store32(at::LAZY, RAX);
@@ -12,20 +13,86 @@ impl Unit<'_> {
         self.flags = Flags::Lazy;
     }
 
-    /// r10 for other use than the group's.
+    /// r10 for other use than the group's or a cached register's.
     pub(super) fn take_s2(&mut self) -> u8 {
         self.group = None;
+        self.claim(S2);
         S2
     }
 
-    /// The first of `free`, which it leaves.
-    pub(super) fn take(&mut self, free: &mut &[u8]) -> u8 {
-        let r = free[0];
-        *free = &free[1..];
-        if r == S2 {
+    // --- guest registers that live in memory, cached in scratch registers -----
+
+    /// Scratch register that holds guest register `n`.
+    pub(super) fn cached(&self, n: u8) -> Option<u8> {
+        self.cache.iter().position(|c| c.is_some_and(|c| c.0 == n)).map(|k| S0 + k as u8)
+    }
+
+    /// From here on `host` holds guest register `n`.
+    pub(super) fn cache(&mut self, host: u8, n: u8, dirty: bool) {
+        self.cache[usize::from(host - S0)] = Some((n, dirty));
+    }
+
+    /// A scratch register for other use: what it holds goes to memory.
+    pub(super) fn claim(&mut self, host: u8) {
+        if let Some((n, true)) = self.cache[usize::from(host - S0)].take() {
+            self.a.store(at::gpr(n), host);
+        }
+    }
+
+    /// Everything to memory and forgotten: whoever comes next knows no cache.
+    pub(super) fn claim_all(&mut self) {
+        for host in [S0, S1, S2] {
+            self.claim(host);
+        }
+    }
+
+    /// Everything to memory, for the case that the next instruction faults.
+    pub(super) fn write_back(&mut self) {
+        for host in [S0, S1, S2] {
+            if let Some((n, dirty @ true)) = &mut self.cache[usize::from(host - S0)] {
+                *dirty = false;
+                self.a.store(at::gpr(*n), host);
+            }
+        }
+    }
+
+    /// Empty r8 and r9 for a probe; r10 takes one of them over if it is free.
+    pub(super) fn vacate(&mut self) {
+        for host in [S0, S1] {
+            if let (Some((n, dirty)), None, None) =
+                (self.cache[usize::from(host - S0)], self.cache[2], self.group)
+            {
+                self.a.mov(S2, host);
+                self.cache(S2, n, dirty);
+                self.cache[usize::from(host - S0)] = None;
+            } else {
+                self.claim(host);
+            }
+        }
+    }
+
+    /// One of `allowed` that is not among `used`, free if there is one.
+    pub(super) fn pick(&mut self, allowed: &[u8], used: &[u8]) -> u8 {
+        let fits = |h: &&u8| !used.contains(h);
+        let empty = allowed.iter().filter(fits).find(|&&h| self.cache[usize::from(h - S0)].is_none());
+        let h = *empty.or_else(|| allowed.iter().find(fits)).expect("three scratch registers suffice");
+        if h == S2 {
             self.group = None;
         }
-        r
+        self.claim(h);
+        h
+    }
+
+    /// The host register of guest register `n`, by cache or load; not one of `used`.
+    pub(super) fn get(&mut self, n: u8, used: &[u8]) -> u8 {
+        if let Some(h) = pinned(n).or_else(|| self.cached(n)) {
+            return h;
+        }
+        let allowed: &[u8] = if self.group.is_some() { &[S0, S1] } else { &[S2, S0, S1] };
+        let h = self.pick(allowed, used);
+        self.a.load(h, at::gpr(n));
+        self.cache(h, n, false);
+        h
     }
 
     /// A scratch register that `m` does not use.
@@ -38,6 +105,9 @@ impl Unit<'_> {
     }
 
     pub(super) fn flags_to_host(&mut self, scratch: u8, live: u32) {
+        if live != 0 && matches!(self.flags, Flags::Lazy | Flags::Recipe) {
+            self.claim(scratch);
+        }
         if self.flags == Flags::Lazy && live != 0 {
             self.a.mov(scratch, RAX);
             self.a.load32(RAX, at::LAZY);
@@ -76,7 +146,15 @@ impl Unit<'_> {
         i.flow_control() == FlowControl::Next
             && !matches!(
                 i.mnemonic(),
-                M::Lea | M::Push | M::Pop | M::Leave | M::Rdtsc | M::Rdfsbase | M::Rdgsbase
+                M::Lea
+                    | M::Push
+                    | M::Pop
+                    | M::Leave
+                    | M::Rdtsc
+                    | M::Rdfsbase
+                    | M::Rdgsbase
+                    | M::Clac
+                    | M::Swapgs
             )
     }
 

@@ -117,6 +117,9 @@ struct Unit<'a> {
     info: InstructionInfoFactory,
     probed: bool,
     group: Option<Group>,
+    /// Guest registers that live in memory, held by r8, r9, r10 meanwhile, and
+    /// whether memory is behind.
+    cache: [Option<(u8, bool)>; 3],
     /// How to compute the guest's flags again, if that can be done.
     recipe: Option<Recipe>,
     items: &'a [Item],
@@ -230,6 +233,7 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            cache: [None; 3],
             recipe: None,
             items: &[],
             now: 0,
@@ -273,6 +277,7 @@ impl Vcpu {
         }
         let last = items.last().unwrap().insn;
         if !ended {
+            u.claim_all();
             u.flags_to_host(S2, u.live_out);
             u.exit_to(last.next_ip());
         }
@@ -372,6 +377,7 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            cache: [None; 3],
             recipe: None,
             items: &[],
             now: 0,
@@ -380,6 +386,7 @@ impl Vcpu {
         };
         u.a.clear();
         u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
+        u.claim_all();
         u.a.jmp_abs(u.v.stubs.snippet_end);
         self.asm = u.a;
         let at = self.cache.next();
@@ -464,6 +471,7 @@ impl Unit<'_> {
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
         self.group = None;
+        self.claim_all();
         if self.flags == Flags::Recipe {
             self.flags_to_host(S0, ALL);
         }
@@ -481,6 +489,9 @@ impl Unit<'_> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as u16;
         let live_before = item.effect.live_before(item.live_after);
+        if !self.by_generic(i) && i.mnemonic() != M::Lea {
+            self.claim_all();
+        }
         if !self.by_generic(i) && self.recipe_after(item).is_none() {
             if self.flags == Flags::Recipe {
                 self.flags_to_host(S0, ALL);

@@ -53,6 +53,7 @@ impl Unit<'_> {
                 return Mem { base: S2, index: None, disp: (s.disp + g.shift - g.low) as i32 };
             }
         }
+        self.vacate();
         let start = spot.filter(|_| self.group.is_none()).and_then(|s| self.gather(s));
         if self.flags == Flags::Host && live != 0 {
             if self.recipe.is_some() {
@@ -64,6 +65,9 @@ impl Unit<'_> {
         let keep = self.flags == Flags::Host && live != 0;
         if self.flags == Flags::Host && live == 0 {
             self.flags = Flags::Dead;
+        }
+        if keep || start.is_some() {
+            self.claim(S2);
         }
         self.probed = true;
         match start {
@@ -142,6 +146,10 @@ impl Unit<'_> {
         if keep {
             self.a.mov(RCX, S2);
         }
+        // The slow path and the guest's handlers look for registers in memory.
+        if let Some((n, true)) = self.cache[2] {
+            self.a.store(at::gpr(n), S2);
+        }
         // Out of the way the flags can be made exact, for the frame of a fault too.
         let recipe = self.recipe.filter(|_| matches!(self.flags, Flags::Recipe | Flags::Dead));
         if let Some(r) = recipe {
@@ -180,7 +188,7 @@ impl Unit<'_> {
     /// A guest register's value in some host register, loading it to `scratch`
     /// if it is kept in memory.
     pub(super) fn use_gpr(&mut self, n: u8, scratch: u8) -> u8 {
-        pinned(n).unwrap_or_else(|| {
+        pinned(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
             self.a.load(scratch, at::gpr(n));
             scratch
         })
