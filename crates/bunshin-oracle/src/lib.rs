@@ -25,6 +25,7 @@ pub mod translated;
 
 pub use case::Case;
 pub use compare::{Comparison, Judge, Options, Outcome, Stop};
+pub use generate::{Choice, Generator};
 pub use guest::Guest;
 pub use native::Native;
 pub use state::UserState;

@@ -1,0 +1,28 @@
+//! Random instructions on the host processor and translated: hundreds of
+//! thousands on every run, always the same ones. `make fuzz` goes on from there.
+#![cfg(feature = "translator")]
+use bunshin_oracle::{Choice, Comparison, Generator, Native, Options};
+use std::cell::RefCell;
+use std::rc::Rc;
+
+#[test]
+fn random_instructions_agree() {
+    let mut engine = bunshin_oracle::translated::translated().unwrap();
+    let mut native = Rc::new(RefCell::new(Native::new().unwrap()));
+    let kinds = [
+        ("user mode", 60_000, Choice::default()),
+        ("32-bit", 30_000, Choice { narrow: true, ..Choice::default() }),
+        ("environment", 10_000, Choice { environment: true, ..Choice::default() }),
+        ("privileged", 10_000, Choice { privileged: true, ..Choice::default() }),
+    ];
+    for (name, cases, choice) in kinds {
+        let mut generator = Generator::new(&choice).unwrap();
+        let mut comparison =
+            Comparison { left: &mut native, right: &mut engine, options: Options::default() };
+        for index in 0..cases {
+            let case = generator.case(1, index);
+            let (_, found) = comparison.run(&case);
+            assert!(found.is_empty(), "{name}, seed 1, case {index}\n{}", comparison.report(&case, &found));
+        }
+    }
+}
