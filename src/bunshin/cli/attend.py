@@ -8,6 +8,7 @@ slows the guest down instead of filling memory.
 
 import os
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -42,13 +43,18 @@ class Console(Protocol):
 
 
 class Waker:
-    """A pipe that makes `poll` return; `ring` may be called anywhere, in a signal handler too."""
+    """A pipe that makes `poll` return; `ring` may be called anywhere, in a signal handler too.
+
+    Signals ring as well: the kernel may hand one to another thread, and the main
+    thread, which runs Python's handlers, would sleep on in `poll`.
+    """
 
     def __init__(self) -> None:
         self.reader, self._writer = os.pipe()
         os.set_blocking(self.reader, False)
         os.set_blocking(self._writer, False)
         self._rung = False
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
 
     def ring(self) -> None:
         """Make the loop go round."""
@@ -69,6 +75,7 @@ class Waker:
 
     def close(self) -> None:
         """Give the pipe back."""
+        signal.set_wakeup_fd(self._before)
         os.close(self.reader)
         os.close(self._writer)
 
