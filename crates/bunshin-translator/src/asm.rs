@@ -158,6 +158,12 @@ impl Asm {
         self.buf().len()
     }
 
+    /// Short jump of opcode `op` forward; patch with [`Asm::land`].
+    pub fn short(&mut self, op: u8) -> usize {
+        self.b(&[op, 0]);
+        self.buf().len()
+    }
+
     /// Short `jcc` forward; patch with [`Asm::land`].
     pub fn jcc_short(&mut self, cc: u8) -> usize {
         self.b(&[0x70 | cc, 0]);

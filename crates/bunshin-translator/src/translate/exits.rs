@@ -110,37 +110,29 @@ impl Unit<'_> {
 
     /// LOOPcc and JrCXZ, whose conditions leave the flags alone.
     pub(super) fn counted(&mut self, i: &Instruction, target: u64, through: u64) {
-        let m = i.mnemonic();
         let wide = matches!(
             i.code(),
             Code::Jrcxz_rel8_64 | Code::Loop_rel8_64_RCX | Code::Loope_rel8_64_RCX | Code::Loopne_rel8_64_RCX
         );
-        let zero = |a: &mut Asm| {
-            if !wide {
-                a.b(&[0x67]);
-            }
-            a.jrcxz()
-        };
-        if matches!(m, M::Jecxz | M::Jrcxz | M::Jcxz) {
-            let taken = zero(&mut self.a);
-            self.exit_to(through);
-            self.a.land(taken);
-            self.exit_to(target);
-            return;
+        // The host's own instruction on the guest's rcx: AMD processors let a
+        // repeat prefix choose between LOOPE and LOOPNE.
+        if !wide {
+            self.a.b(&[0x67]);
         }
-        self.a.lea(wide, RCX, Some(RCX), None, -1);
-        let done = zero(&mut self.a);
-        let other = match m {
-            M::Loope => Some(self.a.jcc_short(5)),
-            M::Loopne => Some(self.a.jcc_short(4)),
-            _ => None,
-        };
-        self.exit_to(target);
-        self.a.land(done);
-        if let Some(o) = other {
-            self.a.land(o);
+        if i.has_rep_prefix() {
+            self.a.b(&[0xf3]);
+        } else if i.has_repne_prefix() {
+            self.a.b(&[0xf2]);
         }
+        let taken = self.a.short(match i.mnemonic() {
+            M::Loopne => 0xe0,
+            M::Loope => 0xe1,
+            M::Loop => 0xe2,
+            _ => 0xe3,
+        });
         self.exit_to(through);
+        self.a.land(taken);
+        self.exit_to(target);
     }
 
     /// Go on at a known address; flags are in the host.
