@@ -253,7 +253,7 @@ impl Unit<'_> {
                 self.a.lea(false, S1, b, x, disp);
             }
             if size == 2 {
-                return self.low16(n, S1);
+                return self.low16(n);
             }
             let to = pinned(n).unwrap_or(S0);
             self.a.movzx16(to, S1);
@@ -284,7 +284,7 @@ impl Unit<'_> {
     }
 
     /// Low 16 bits of guest register `n` from r9.
-    pub(super) fn low16(&mut self, n: u8, _from: u8) {
+    pub(super) fn low16(&mut self, n: u8) {
         match pinned(n) {
             Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc8 | (h & 7)]), // mov h16, r9w
             None => {

@@ -145,7 +145,7 @@ impl Unit<'_> {
     pub(super) fn gather(&self, first: Spot) -> Option<Group> {
         let (mut low, mut high, mut count, mut write) = (first.disp, first.disp + first.size, 0, first.write);
         let mut g = Group { base: first.base, index: first.index, low: 0, span: 0, shift: 0, write: false };
-        for (n, item) in self.items[self.now..].iter().take(REACH).enumerate() {
+        for item in self.items[self.now..].iter().take(REACH) {
             let i = &item.insn;
             if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
                 break;
@@ -162,7 +162,6 @@ impl Unit<'_> {
                 (low, high, write) = (l, h, write || s.write);
                 count += 1;
             }
-            let _ = n;
             if i.flow_control() != FlowControl::Next || !g.step(item) {
                 break;
             }
