@@ -7,12 +7,12 @@ use std::rc::Rc;
 #[test]
 fn cases_agree() {
     #[cfg(feature = "translator")]
-    let mut engine = bunshin_oracle::translated::translated().unwrap();
+    let mut engines = [false, true].map(|hot| bunshin_oracle::translated::translated(hot).unwrap());
     let mut native = Rc::new(RefCell::new(Native::new().unwrap()));
     let mut again = native.clone();
     let mut judges: Vec<&mut dyn Judge> = vec![&mut again];
     #[cfg(feature = "translator")]
-    judges.push(&mut engine);
+    judges.extend(engines.iter_mut().map(|e| e as &mut dyn Judge));
     let mut bad = Vec::new();
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("cases");
     let mut files: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|e| e.unwrap().path()).collect();

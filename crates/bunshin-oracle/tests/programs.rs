@@ -29,10 +29,10 @@ fn check(right: &mut dyn Judge, native: &mut dyn Judge) {
 
 #[test]
 fn programs_agree() {
-    #[cfg(feature = "translator")]
-    let mut engine = bunshin_oracle::translated::translated().unwrap();
     let mut native = Rc::new(RefCell::new(Native::new().unwrap()));
     check(&mut native.clone(), &mut native);
     #[cfg(feature = "translator")]
-    check(&mut engine, &mut native);
+    for hot in [false, true] {
+        check(&mut bunshin_oracle::translated::translated(hot).unwrap(), &mut native);
+    }
 }

@@ -7,11 +7,17 @@ use std::rc::Rc;
 
 #[test]
 fn random_instructions_agree() {
-    let mut engine = bunshin_oracle::translated::translated().unwrap();
+    for hot in [false, true] {
+        compare(hot);
+    }
+}
+
+fn compare(hot: bool) {
+    let mut engine = bunshin_oracle::translated::translated(hot).unwrap();
     let mut native = Rc::new(RefCell::new(Native::new().unwrap()));
     let kinds = [
-        ("user mode", 60_000, Choice::default()),
-        ("32-bit", 30_000, Choice { narrow: true, ..Choice::default() }),
+        ("user mode", 40_000, Choice::default()),
+        ("32-bit", 20_000, Choice { narrow: true, ..Choice::default() }),
         ("environment", 10_000, Choice { environment: true, ..Choice::default() }),
         ("privileged", 10_000, Choice { privileged: true, ..Choice::default() }),
     ];
@@ -22,7 +28,8 @@ fn random_instructions_agree() {
         for index in 0..cases {
             let case = generator.case(1, index);
             let (_, found) = comparison.run(&case);
-            assert!(found.is_empty(), "{name}, seed 1, case {index}\n{}", comparison.report(&case, &found));
+            let report = comparison.report(&case, &found);
+            assert!(found.is_empty(), "{name}, hot code {hot}, seed 1, case {index}\n{report}");
         }
     }
 }

@@ -176,6 +176,17 @@ impl Asm {
         self.buf().len()
     }
 
+    /// `jcc` forward over any distance; patch with [`Asm::land_far`].
+    pub fn jcc_far(&mut self, cc: u8) -> usize {
+        self.b(&[0x0f, 0x80 | cc, 0, 0, 0, 0]);
+        self.buf().len()
+    }
+
+    pub fn land_far(&mut self, from: usize) {
+        let n = (self.buf().len() - from) as u32;
+        self.buf()[from - 4..from].copy_from_slice(&n.to_le_bytes());
+    }
+
     pub fn land(&mut self, from: usize) {
         let n = self.buf().len() - from;
         assert!(n < 128);
@@ -239,6 +250,11 @@ impl Asm {
         self.b(&[v]);
     }
 
+    /// `inc dword gs:[off]`
+    pub fn increment32(&mut self, off: u32) {
+        self.gs(false, &[0xff], 0, off);
+    }
+
     /// `call gs:[off]`
     pub fn call_gs(&mut self, off: u32) {
         self.gs(false, &[0xff], 2, off);
@@ -266,6 +282,16 @@ impl Asm {
 
     pub fn add_gs(&mut self, reg: u8, off: u32) {
         self.gs(true, &[0x03], reg, off);
+    }
+
+    /// `add to, from`
+    pub fn add(&mut self, to: u8, from: u8) {
+        self.b(&[0x48 | ((from >> 3) << 2) | (to >> 3), 0x01, 0xc0 | ((from & 7) << 3) | (to & 7)]);
+    }
+
+    /// `sub to, from`
+    pub fn sub(&mut self, to: u8, from: u8) {
+        self.b(&[0x48 | ((from >> 3) << 2) | (to >> 3), 0x29, 0xc0 | ((from & 7) << 3) | (to & 7)]);
     }
 
     // --- registers ----------------------------------------------------------

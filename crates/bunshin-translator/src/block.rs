@@ -47,6 +47,18 @@ pub struct Point {
     /// The guest's flags are in the host's register when the copied
     /// instruction runs; else in `cpu.lazy`.
     pub host_flags: bool,
+    /// Guest registers that r8, r9 and r10 hold and memory does not.
+    pub held: [Option<u8>; 3],
+}
+
+/// How the slots of hot code fare.
+pub struct Heat {
+    /// Time-stamp counter since when their refills count.
+    pub since: u64,
+    /// Guest instruction (offset from the block's start) and slot.
+    pub slots: Vec<(u16, u32)>,
+    /// Instructions that do better without.
+    pub restless: Vec<u16>,
 }
 
 pub struct Block {
@@ -56,6 +68,8 @@ pub struct Block {
     /// Guest bytes.
     pub length: u16,
     pub dead: bool,
+    /// Of hot code only.
+    pub heat: Option<Heat>,
     pub host: u64,
     pub host_length: u32,
     /// Entry for indirect jumps: checks that r8 is this block's rip.
@@ -230,7 +244,7 @@ impl Vcpu {
         }
     }
 
-    fn kill(&mut self, id: u32) {
+    pub fn kill(&mut self, id: u32) {
         let b = &mut self.blocks.all[id as usize];
         if b.dead {
             return;
@@ -239,6 +253,9 @@ impl Vcpu {
         let (key, checked) = (b.key, b.checked);
         let mut at = std::mem::replace(&mut b.incoming, NONE);
         b.relied = Vec::new();
+        if let Some(h) = b.heat.take() {
+            self.regions.give_back(h.slots.iter().map(|s| s.1));
+        }
         while at != NONE {
             let s = &mut self.blocks.sites[at as usize];
             s.listed = NONE;
@@ -306,6 +323,7 @@ impl Vcpu {
         for r in &mut self.regions.all {
             r.flush_jc(miss);
         }
+        self.regions.free_slots();
         self.nonglobal_code = false;
         self.counters.cache_flushes += 1;
     }

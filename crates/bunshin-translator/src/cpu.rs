@@ -5,7 +5,9 @@
 //! gs + TAG_R      64 Ki negated page addresses, loads      \
 //! gs + TAG_W      64 Ki negated page addresses, stores      | one set a region
 //! gs + HOST       64 Ki host page addresses                 | (mmu.rs)
-//! gs + JC         64 Ki code addresses by low bits of rip  /
+//! gs + JC         64 Ki code addresses by low bits of rip  |
+//! gs + SLOT_T     8 Ki page addresses that hot code met     |
+//! gs + SLOT_D     last, negated, and their way to the host /
 //! ```
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
@@ -14,8 +16,15 @@ pub const TAG_R: u32 = 0x1_0000;
 pub const TAG_W: u32 = 0x9_0000;
 pub const HOST: u32 = 0x11_0000;
 pub const JC: u32 = 0x19_0000;
+pub const SLOT_T: u32 = 0x21_0000;
+pub const SLOT_D: u32 = 0x22_0000;
+/// Slots of a region: the pages that single places in hot code met last.
+pub const SLOTS: usize = 0x2000;
+/// `SLOT_T` of an empty slot: it fits addresses only that are not canonical,
+/// which the host processor refuses, as the guest's would.
+pub const NO_PAGE: u64 = 1 << 63;
 /// Bytes of address space that a region takes.
-pub const REGION: usize = 0x21_0000;
+pub const REGION: usize = 0x23_0000;
 /// Bytes of the processor page and its neighbours (XSAVE area, bounce buffer).
 pub const CPU_BYTES: usize = 0x1_0000;
 
@@ -83,6 +92,9 @@ impl Seg {
     }
 }
 
+/// Samples that are collected before translated code is left for them.
+pub const SAMPLES: usize = 4;
+
 #[repr(C, align(64))]
 pub struct Cpu {
     /// Guest registers; r8-r11 are always here, the others at exits.
@@ -112,7 +124,13 @@ pub struct Cpu {
     pub resume: u64,
     /// r10 while a miss is served.
     pub group: u64,
+    /// rax, rcx, rdx and the flags while a slot is filled.
+    pub refill: [u64; 4],
+    /// Host addresses that timer signals found hot, and how many.
+    pub samples: [u64; SAMPLES],
+    pub sampled: u32,
     pub tmp: u64,
+    pub tmp2: u64,
     pub mask63: u64,
     /// Bits of an address above the offset in its page.
     pub pages: u64,
@@ -120,6 +138,8 @@ pub struct Cpu {
     pub fault_vector: u32,
     pub fault_flags: u32,
     pub fault_addr: u64,
+    /// r8 to r10 at a fault.
+    pub scratch: [u64; 3],
     /// The Vcpu that owns this page.
     pub vcpu: u64,
     pub fn_fill: u64,
@@ -156,6 +176,8 @@ pub struct Cpu {
     pub shadow: u8,
     pub nmi_blocked: u8,
     pub halted: u8,
+    /// How often each slot had to change its page.
+    pub refills: [u32; SLOTS],
     pub xmm: [u128; 16],
     pub xsave: XsaveArea,
     pub bounce: Bounce,
@@ -180,8 +202,8 @@ pub mod at {
     offsets! {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
         IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
-        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group;
-        TMP = tmp; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
+        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill; SCRATCH = scratch;
+        TMP = tmp; TMP2 = tmp2; REFILLS = refills; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
         MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;

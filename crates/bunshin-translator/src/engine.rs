@@ -1,6 +1,6 @@
 //! The translator behind the engine boundary.
 use crate::mmu::{Kind, Phys, Who};
-use crate::vcpu::{Shared, Vcpu as Cpu};
+use crate::vcpu::{Effort, Shared, Vcpu as Cpu};
 use crate::{cpuid, host};
 use bunshin_core::chips::Chips;
 use bunshin_core::{
@@ -28,11 +28,17 @@ pub struct TranslatorEngine {
     cpus: Vec<OnceLock<Arc<Shared>>>,
     taken: Mutex<Vec<bool>>,
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
+    effort: Effort,
 }
 
 impl TranslatorEngine {
     /// An engine for `cpus` processors.
     pub fn new(cpus: u32) -> Result<Arc<Self>> {
+        Self::with(cpus, Effort::Sampled)
+    }
+
+    /// An engine that takes the code that `effort` says for hot.
+    pub fn with(cpus: u32, effort: Effort) -> Result<Arc<Self>> {
         let missing: Vec<_> = host::features()
             .into_iter()
             .filter(|(n, on)| !on && host::REQUIRED.contains(n))
@@ -66,6 +72,7 @@ impl TranslatorEngine {
                 cpus: (0..cpus).map(|_| OnceLock::new()).collect(),
                 taken: Mutex::new(vec![false; cpus as usize]),
                 doorbells: Arc::default(),
+                effort,
             }
         });
         Ok(engine)
@@ -95,6 +102,7 @@ impl Engine for TranslatorEngine {
             &mut shared,
         )?;
         v.doorbells = self.doorbells.clone();
+        v.effort = self.effort;
         let _ = self.cpus[index as usize].set(shared.unwrap());
         Ok(Box::new(Handle(v)))
     }

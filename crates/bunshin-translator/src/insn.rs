@@ -326,11 +326,11 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
     if let Some(m) = p.modrm {
         let reg = low_reg << 3;
         if let Some(Mem { base, index, disp }) = r.mem {
-            // r8 to r10, so a base needs neither a displacement nor an index.
-            debug_assert!(base & 7 != 4 && base & 7 != 5);
+            // A base of r12 or rsp needs an index, rbp and r13 a displacement.
+            debug_assert!(base & 7 != 4 || index.is_some());
             // EVEX scales byte displacements; write those whole.
             let (mode, bytes) = match disp {
-                0 => (0, 0),
+                0 if base & 7 != 5 => (0, 0),
                 -128..=127 if p.form != Form::Evex => (0x40, 1),
                 _ => (0x80, 4),
             };

@@ -26,3 +26,4 @@ mod translate;
 mod vcpu;
 
 pub use engine::TranslatorEngine;
+pub use vcpu::Effort;

@@ -245,6 +245,8 @@ pub struct Region {
     /// PCID that owns a user region.
     pub owner: Option<u16>,
     pub last_use: u64,
+    /// Slots that hot code was given so far, of all regions alike.
+    pub slots: usize,
 }
 
 /// Entries of a journal; more than a table has, so re-entered ones fit too.
@@ -298,10 +300,46 @@ impl Region {
         (off <= 4096 - size).then(|| self.get(HOST, index) + off)
     }
 
+    /// Forget what the slots hold, or only what lies between `from` and `to`.
+    fn flush_slots(&mut self, from: u64, to: u64) {
+        // SAFETY: inside the region's mapping; translated code does not run meanwhile.
+        let tags = unsafe {
+            std::slice::from_raw_parts_mut((self.base + u64::from(SLOT_T)) as *mut u64, self.slots)
+        };
+        for t in tags {
+            let page = t.wrapping_neg();
+            *t = if page >= from && page <= to { NO_PAGE } else { *t };
+        }
+    }
+
+    /// A signal pointed gs to the twin: a slot filled just then has its tag there.
+    pub fn settle_slots(&mut self) {
+        self.flush_slots(0, u64::MAX);
+        for n in 0..self.slots as u64 {
+            // SAFETY: as in `flush_slots`.
+            unsafe { *((self.base + REGION as u64 + u64::from(SLOT_T) + 8 * n) as *mut u64) = NO_PAGE };
+        }
+    }
+
+    /// No slot may let stores through to the page at `host`.
+    fn protect_slots(&mut self, host: u64) {
+        for n in 0..self.slots as u64 {
+            // SAFETY: as in `flush_slots`.
+            unsafe {
+                let tag = (self.base + u64::from(SLOT_T) + 8 * n) as *mut u64;
+                let way = *((self.base + u64::from(SLOT_D) + 8 * n) as *const u64);
+                if *tag != NO_PAGE && way.wrapping_sub(*tag) == host {
+                    *tag = NO_PAGE;
+                }
+            }
+        }
+    }
+
     pub fn flush(&mut self) {
         for k in 0..self.used.len() {
             self.clear_entry(self.used[k]);
         }
+        self.flush_slots(0, u64::MAX);
         self.used.clear();
         self.nonglobal.clear();
         self.kuser.clear();
@@ -315,6 +353,7 @@ impl Region {
         }
         self.nonglobal.clear();
         self.kuser.clear();
+        self.flush_slots(0, u64::MAX);
     }
 
     pub fn flush_kuser(&mut self) {
@@ -322,6 +361,7 @@ impl Region {
             self.clear_entry(self.kuser[k]);
         }
         self.kuser.clear();
+        self.flush_slots(0, u64::MAX);
     }
 
     pub fn flush_jc(&mut self, miss: u64) {
@@ -365,8 +405,10 @@ impl Region {
             for i in from..=from + 511 {
                 self.clear_entry(i);
             }
+            self.flush_slots(0, u64::MAX);
         } else {
             self.clear_entry((va >> 12) as u16);
+            self.flush_slots(va & !0xfff, va & !0xfff);
         }
         let page = (va >> 12) as u16 as usize;
         if self.huge || self.large[big >> 6] & (1 << (big & 63)) != 0 {
@@ -380,6 +422,8 @@ impl Region {
 pub struct Regions {
     pub all: Vec<Region>,
     pub cpu: *mut Cpu,
+    /// Slots that were used before.
+    free: Vec<u32>,
     area: *mut u8,
     length: usize,
 }
@@ -401,6 +445,7 @@ impl Regions {
     pub fn new() -> Result<Self> {
         let count = 1 + USER_REGIONS;
         let length = count * 2 * REGION;
+        let ways = 8 * SLOTS;
         // SAFETY: fresh mappings; MAP_FIXED only inside the area reserved first.
         unsafe {
             let area = libc::mmap(
@@ -432,6 +477,7 @@ impl Regions {
                 }
             };
             let (cpu_fd, jc_fd, host_fd) = (memfd(CPU_BYTES)?, memfd(table)?, memfd(table * count)?);
+            let way_fd = memfd(ways * count)?;
             let mut all = Vec::new();
             let mut done = Ok(());
             for i in 0..count {
@@ -439,7 +485,8 @@ impl Regions {
                 for twin in [0, REGION] {
                     done = done
                         .and_then(|()| place(off + twin, CPU_BYTES, cpu_fd, 0))
-                        .and_then(|()| place(off + twin + HOST as usize, table, host_fd, i * table));
+                        .and_then(|()| place(off + twin + HOST as usize, table, host_fd, i * table))
+                        .and_then(|()| place(off + twin + SLOT_D as usize, ways, way_fd, i * ways));
                 }
                 done = done.and_then(|()| place(off + REGION + JC as usize, table, jc_fd, 0));
                 all.push(Region {
@@ -455,15 +502,19 @@ impl Regions {
                     cs_base: 0,
                     owner: None,
                     last_use: 0,
+                    slots: 0,
                 });
             }
-            for fd in [cpu_fd, jc_fd, host_fd] {
+            for fd in [cpu_fd, jc_fd, host_fd, way_fd] {
                 libc::close(fd);
             }
-            let s = Self { all, cpu: area.cast(), area, length };
+            let s = Self { all, cpu: area.cast(), free: Vec::with_capacity(SLOTS), area, length };
             done?;
             for r in &s.all {
                 for b in [r.base, r.base + REGION as u64] {
+                    for n in 0..SLOTS as u64 {
+                        *((b + u64::from(SLOT_T) + 8 * n) as *mut u64) = NO_PAGE;
+                    }
                     for t in [TAG_R, TAG_W] {
                         for i in [0, u16::MAX] {
                             *((b + u64::from(t) + 8 * u64::from(i)) as *mut u64) = empty_tag(i);
@@ -493,6 +544,44 @@ impl Regions {
                 }
             }
         }
+    }
+}
+
+impl Regions {
+    /// The code that used these slots is gone.
+    pub fn give_back(&mut self, slots: impl Iterator<Item = u32>) {
+        for n in slots {
+            if self.free.len() < SLOTS {
+                self.free.push(n);
+            }
+        }
+    }
+
+    /// No code uses a slot any more.
+    pub fn free_slots(&mut self) {
+        for r in &mut self.all {
+            r.flush_slots(0, u64::MAX);
+            r.slots = 0;
+        }
+        self.free.clear();
+    }
+
+    /// A slot that nobody uses, in every region of user mode.
+    pub fn take_slot(&mut self) -> Option<u32> {
+        if let Some(n) = self.free.pop() {
+            for r in &mut self.all[1..] {
+                r.set(SLOT_T, n as u16, NO_PAGE);
+            }
+            return Some(n);
+        }
+        let n = self.all[1].slots;
+        if n == SLOTS {
+            return None;
+        }
+        for r in &mut self.all[1..] {
+            r.slots = n + 1;
+        }
+        Some(n as u32)
     }
 }
 
@@ -775,6 +864,11 @@ impl Vcpu {
     pub fn protect_page(&mut self, page: usize, host: u64) {
         self.phys.code[page] = true;
         let hint = std::mem::take(&mut self.phys.hints[page]);
+        if hint != 0 {
+            for r in &mut self.regions.all {
+                r.protect_slots(host);
+            }
+        }
         if hint == MANY {
             for r in &mut self.regions.all {
                 for &i in &r.used {

@@ -3,8 +3,9 @@
 //! A fault inside the code cache is turned into a jump to the `fault` stub. A
 //! kick that finds the program counter inside the cache points gs at the twin
 //! of the current region, whose tags are empty, so that translated code leaves
-//! at its next memory access or indirect jump with exact state.
-use crate::cpu::{Cpu, REGION};
+//! at its next memory access or indirect jump with exact state. A sample notes the
+//! program counter, so that frequent code is found without counting.
+use crate::cpu::{Cpu, REGION, SAMPLES};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
@@ -45,6 +46,11 @@ fn inside(pc: u64) -> bool {
 /// The signal that kicks a processor's thread.
 fn kick_signal() -> i32 {
     libc::SIGRTMIN() + 5
+}
+
+/// The signal that samples a processor's thread.
+fn sample_signal() -> i32 {
+    libc::SIGRTMIN() + 6
 }
 
 pub fn thread_id() -> u32 {
@@ -88,6 +94,28 @@ extern "C" fn on_kick(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
             let twin = (*page).region + REGION as u64;
             core::arch::asm!("wrgsbase {}", in(reg) twin);
         }
+    }
+}
+
+extern "C" fn on_sample(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
+    // SAFETY: the kernel gives a valid context.
+    let pc =
+        unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
+    let page = PAGE.with(|p| p.load(Ordering::Relaxed)) as *mut Cpu;
+    if page.is_null() || !inside(pc) {
+        return;
+    }
+    // SAFETY: the processor runs translated code on this thread, so nobody reads
+    // the samples meanwhile.
+    let full = unsafe {
+        let c = &mut *page;
+        let n = c.sampled as usize % SAMPLES;
+        c.samples[n] = pc;
+        c.sampled = n as u32 + 1;
+        n + 1 == SAMPLES
+    };
+    if full {
+        on_kick(signal, info, context);
     }
 }
 
@@ -161,12 +189,14 @@ pub fn install() {
             a.sa_sigaction = on_kick as *const () as usize;
             a.sa_flags = libc::SA_SIGINFO | libc::SA_RESTART | libc::SA_ONSTACK;
             libc::sigaction(kick_signal(), &a, std::ptr::null_mut());
+            a.sa_sigaction = on_sample as *const () as usize;
+            libc::sigaction(sample_signal(), &a, std::ptr::null_mut());
         }
         olds
     });
 }
 
-/// A host timer that kicks one thread.
+/// A host timer that kicks or samples one thread.
 #[derive(Default)]
 pub struct Timer(Option<libc::timer_t>);
 
@@ -175,14 +205,31 @@ unsafe impl Send for Timer {}
 
 impl Timer {
     pub fn new(thread: u32) -> Self {
+        Self::create(thread, libc::CLOCK_MONOTONIC, kick_signal())
+    }
+
+    /// A timer that samples the calling thread every `ns` of the processor time
+    /// that it uses, or as seldom as the host's clock ticks.
+    pub fn sampling(ns: i64) -> Self {
+        let t = Self::create(thread_id(), libc::CLOCK_THREAD_CPUTIME_ID, sample_signal());
+        if let Some(id) = t.0 {
+            let every = libc::timespec { tv_sec: 0, tv_nsec: ns };
+            let t = libc::itimerspec { it_interval: every, it_value: every };
+            // SAFETY: the timer exists.
+            unsafe { libc::timer_settime(id, 0, &t, std::ptr::null_mut()) };
+        }
+        t
+    }
+
+    fn create(thread: u32, clock: libc::clockid_t, signal: i32) -> Self {
         // SAFETY: sigevent is filled for SIGEV_THREAD_ID.
         unsafe {
             let mut e: libc::sigevent = std::mem::zeroed();
             e.sigev_notify = libc::SIGEV_THREAD_ID;
-            e.sigev_signo = kick_signal();
+            e.sigev_signo = signal;
             e.sigev_notify_thread_id = thread as i32;
             let mut id: libc::timer_t = std::mem::zeroed();
-            if libc::timer_create(libc::CLOCK_MONOTONIC, &mut e, &mut id) == 0 {
+            if libc::timer_create(clock, &mut e, &mut id) == 0 {
                 Self(Some(id))
             } else {
                 Self(None)

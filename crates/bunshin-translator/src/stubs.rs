@@ -7,7 +7,8 @@
 //! and no block polls.
 use crate::asm::*;
 use crate::cache::CodeCache;
-use crate::cpu::{at, exit, CPU_BYTES, NO_SITE};
+use crate::cpu::{at, exit, CPU_BYTES, HOST, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
+use crate::insn::Mem;
 
 /// Host addresses of the stubs.
 #[derive(Default, Clone, Copy)]
@@ -22,6 +23,10 @@ pub struct Stubs {
     /// them all, returns five bytes further on.
     pub miss_group: u64,
     pub miss_group_flags: u64,
+    /// A slot holds another page: r8 address, r9d info with the slot's number.
+    /// The table fills it, else the miss goes on as above; flags stay. By
+    /// direction (store) and by whether the accesses share the probe.
+    pub refill: [[u64; 2]; 2],
     /// Indirect jump found no entry: r8 target.
     pub lookup: u64,
     /// Direct jump not linked yet: r8 target, r10d site.
@@ -104,6 +109,49 @@ fn leave(a: &mut Asm, mask: u64, optimised: bool) {
     for r in [15, 14, 13, 12, 5, 3] {
         a.pop(r);
     }
+    a.ret();
+}
+
+/// Copy the table's entry for r8 to the slot in the upper half of r9d. The slot is
+/// written by the region's own address: gs may point to the twin by now.
+fn refill(a: &mut Asm, write: bool, miss: u64) {
+    let (rcx, rdx, flags) = (at::REFILL + 8, at::REFILL + 16, at::REFILL + 24);
+    let restore = |a: &mut Asm| {
+        a.load(2, rdx);
+        a.load(RAX, flags);
+        a.sahf_of();
+        a.load(RAX, at::REFILL);
+        a.load(RCX, rcx);
+    };
+    a.store(at::REFILL, RAX);
+    a.store(rcx, RCX);
+    a.store(rdx, 2);
+    a.lahf_seto();
+    a.store(flags, RAX);
+    a.rorx(RAX, S0, 12);
+    a.movzx16(RAX, RAX);
+    a.load_indexed(RCX, RAX, if write { TAG_W } else { TAG_R });
+    a.mov32(2, S1);
+    a.b(&[0x81, 0xe2]); // and edx, 0xfff
+    a.d(0xfff);
+    a.lea(true, 2, Some(2), Some((S0, 1)), 0);
+    a.b(&[0x48, 0x01, 0xca]); // add rdx, rcx
+    a.cmp_imm(2, 4096);
+    let hit = a.jcc_short(6);
+    restore(a);
+    a.jmp_abs(miss);
+    a.land(hit);
+    a.load_indexed(RAX, RAX, HOST);
+    a.b(&[0x48, 0x01, 0xc8]); // add rax, rcx
+    a.rorx(2, S1, 16);
+    a.mov32(2, 2);
+    a.b(&[0x65, 0xff, 0x04, 0x95]); // inc dword gs:[rdx*4 + refills]
+    a.d(at::REFILLS);
+    a.load(S0, at::REGION_BASE);
+    a.lea(true, S0, Some(S0), Some((2, 8)), 0);
+    a.store_mem(8, Mem { base: S0, index: None, disp: SLOT_T as i32 }, RCX);
+    a.store_mem(8, Mem { base: S0, index: None, disp: SLOT_D as i32 }, RAX);
+    restore(a);
     a.ret();
 }
 
@@ -222,6 +270,13 @@ impl Stubs {
         s.miss_group = put(&mut |a| miss(a, false, true));
         s.miss_group_flags = put(&mut |a| miss(a, true, true));
 
+        for write in [false, true] {
+            for group in [false, true] {
+                let miss = if group { s.miss_group_flags } else { s.miss_flags };
+                s.refill[usize::from(write)][usize::from(group)] = put(&mut |a| refill(a, write, miss));
+            }
+        }
+
         // Common end of lookup and link: rax is code or 0.
         let go = |a: &mut Asm| {
             xmm(a, false);
@@ -299,6 +354,9 @@ impl Stubs {
             exit_with(a, exit::EVENT);
         });
         s.fault = put(&mut |a| {
+            for (k, r) in [S0, S1, S2].into_iter().enumerate() {
+                a.store(at::SCRATCH + 8 * k as u32, r);
+            }
             save(a, &VOLATILE);
             save(a, &KEPT);
             exit_with(a, exit::FAULT);

@@ -2,10 +2,11 @@
 //! everything that is not translated code.
 use crate::block::{Blocks, NumberMap};
 use crate::cache::CodeCache;
-use crate::cpu::{exit, Cpu, NO_SITE, TF};
+use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who};
 use crate::stubs::Stubs;
+use crate::translate::Version;
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
@@ -80,6 +81,8 @@ counters! {
     instructions_translated,
     host_bytes,
     translate_ticks,
+    /// Blocks translated again because samples found them frequent.
+    hot_blocks,
     /// Page walks.
     walks,
     tlb_fills,
@@ -152,6 +155,17 @@ impl bunshin_core::Kicker for Shared {
     }
 }
 
+/// Which code of user mode is hot code, worth a better translation.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Effort {
+    /// What samples find. A timer signal reaches the thread that runs a processor.
+    Sampled,
+    /// All of it, for tests.
+    Always,
+    /// None, for tests.
+    Never,
+}
+
 pub struct Vcpu {
     pub index: u32,
     cpu: *mut Cpu,
@@ -192,12 +206,14 @@ pub struct Vcpu {
     pub bytes: [u8; 15],
     /// A kick came while a snippet ran.
     pub again: bool,
+    pub effort: Effort,
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
     /// CLOCK_MONOTONIC at which the guest's system time is zero.
     pub boot_ns: u64,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     timer: signals::Timer,
+    sampler: signals::Timer,
     timer_set: u64,
     registered: bool,
 }
@@ -220,6 +236,10 @@ const BLOCKS: usize = 400_000;
 const POINTS: usize = 4_000_000;
 /// Code cache, bytes.
 const CACHE: usize = 96 << 20;
+/// A slot is given up that changes its page more often than once in so many ticks.
+const RESTLESS: u64 = 400;
+/// Processor time between two samples, nanoseconds.
+const SAMPLE_NS: i64 = 1_000_000;
 
 impl Vcpu {
     /// Build processor `index` with its tables and stubs.
@@ -280,10 +300,12 @@ impl Vcpu {
             fatal: None,
             bytes: [0; 15],
             again: false,
+            effort: Effort::Sampled,
             saved: u64::MAX,
             boot_ns: clock::now_ns(),
             doorbells: Arc::default(),
             timer: signals::Timer::default(),
+            sampler: signals::Timer::default(),
             timer_set: 0,
             registered: false,
         });
@@ -436,14 +458,65 @@ impl Vcpu {
         }
     }
 
+    fn cache_full(&self) -> bool {
+        self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS || self.blocks.points > POINTS
+    }
+
+    /// Translate what the samples found again, with more effort.
+    fn heat(&mut self) {
+        for k in 0..SAMPLES {
+            let pc = self.cpu().samples[k];
+            let Some((b, _)) = self.blocks.locate(pc) else { continue };
+            let key = b.key;
+            // Now is another time: what runs may be another program.
+            if b.dead || key.mode != self.mode() || key.mode & mode::USER == 0 || self.cache_full() {
+                continue;
+            }
+            let Some(id) = self.find_block(key.va, false) else { continue };
+            if self.blocks.all[id as usize].key.gpa != key.gpa {
+                continue;
+            }
+            let Some(restless) = self.restless(id) else { continue };
+            self.kill(id);
+            if self.translate(key.va, &mut Version::Hot(restless)).is_ok() {
+                self.counters.hot_blocks += 1;
+            }
+        }
+    }
+
+    /// Instructions of a block that should do without slots, if the block is to be
+    /// translated again: because it is not hot code yet, or has new ones.
+    fn restless(&mut self, id: u32) -> Option<Vec<u16>> {
+        let cpu = self.cpu;
+        let Some(h) = &mut self.blocks.all[id as usize].heat else { return Some(Vec::new()) };
+        // SAFETY: as in `cpu_mut`; `blocks` is no part of the page.
+        let refills = unsafe { &mut (*cpu).refills };
+        let now = clock::rdtsc();
+        let most = (now - std::mem::replace(&mut h.since, now)) / RESTLESS;
+        let before = h.restless.len();
+        for &(guest, n) in &h.slots {
+            let count = std::mem::take(&mut refills[n as usize]);
+            if u64::from(count) > most && !h.restless.contains(&guest) {
+                h.restless.push(guest);
+            }
+        }
+        (h.restless.len() > before).then(|| h.restless.clone())
+    }
+
     fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
         let mut site = site;
-        let alone = self.is_alone(site);
-        if self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS || self.blocks.points > POINTS {
+        let mut version = if self.is_alone(site) {
+            Version::Alone
+        } else if self.effort == Effort::Always && self.cpu().cpl == 3 {
+            Version::Hot(Vec::new())
+        } else {
+            Version::First
+        };
+        if self.cache_full() {
             self.flush_code();
             site = NO_SITE;
         }
-        match self.translate(rip, alone) {
+        match self.translate(rip, &mut version) {
             Ok(id) => {
                 if site != NO_SITE {
                     self.link_to(site, id);
@@ -508,7 +581,9 @@ impl Vcpu {
                     return self.step();
                 }
                 exit::FAULT => {
-                    self.host_fault();
+                    if self.host_fault() {
+                        return self.step();
+                    }
                     return None;
                 }
                 exit::EVENT => return None,
@@ -532,15 +607,23 @@ impl Vcpu {
         self.cpu_mut().rip = rip;
     }
 
-    /// The host processor faulted in a copied instruction.
-    fn host_fault(&mut self) {
+    /// The host processor faulted in a copied instruction. True if it must be
+    /// performed with more care.
+    fn host_fault(&mut self) -> bool {
         let pc = self.cpu().host_pc;
         let (vector, address) = (self.cpu().fault_vector as u8, self.cpu().fault_addr);
         let Some((b, p)) = self.blocks.locate(pc) else {
             self.fail(format!("host fault {vector} at {pc:#x} (address {address:#x}) in no translation"));
-            return;
+            return false;
         };
         let rip = b.key.va.wrapping_add(u64::from(p.guest));
+        let hot = b.heat.is_some() || b.dead;
+        let c = self.cpu_mut();
+        for (k, n) in p.held.iter().enumerate() {
+            if let Some(n) = n {
+                c.gpr[usize::from(*n)] = c.scratch[k];
+            }
+        }
         if p.host_flags {
             let f = self.cpu().fault_flags;
             self.cpu_mut().set_arith(f);
@@ -548,10 +631,14 @@ impl Vcpu {
         self.cpu_mut().rip = rip;
         if vector == crate::mmu::PF_ {
             self.fail(format!("translated code for rip {rip:#x} touched host address {address:#x}"));
-            return;
+            return false;
+        }
+        if hot && matches!(vector, crate::mmu::GP | crate::mmu::SS) {
+            return true;
         }
         let e = if vector == crate::mmu::GP { Exception::gp() } else { Exception::new(vector) };
         self.deliver(e);
+        false
     }
 
     /// Perform one instruction outside translated code. Ok(true): it fell
@@ -706,6 +793,11 @@ impl Vcpu {
             *self.shared.halt.lock().unwrap() = false;
             if self.cpu().pending.swap(0, Ordering::AcqRel) != 0 {
                 self.counters.events += 1;
+                self.regions.all[self.user_region].settle_slots();
+            }
+            if self.cpu().sampled as usize == SAMPLES {
+                self.cpu_mut().sampled = 0;
+                self.heat();
             }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
@@ -779,6 +871,9 @@ impl Vcpu {
             self.shared.thread.store(id, Ordering::Release);
             self.timer = signals::Timer::new(id);
             self.timer_set = 0;
+            if self.effort == Effort::Sampled {
+                self.sampler = signals::Timer::sampling(SAMPLE_NS);
+            }
         }
         if !self.registered {
             self.registered = true;

@@ -19,6 +19,7 @@ usage: bunshin-compare [options]
   --environment     also FNSTENV, FXSAVE, XSAVE and their like
   --narrow          32-bit code, in compatibility mode
   --privileged      also CLI, IN, MOV CR0 and their like, which must fault
+  --hot             translate as frequent code is translated
   --exact-flags     compare the arithmetic flags at faults too
   --self-check      the host against itself: shows that the harness is sound
   --stop-after N    stop at this many differences (default 10)
@@ -38,6 +39,7 @@ struct Arguments {
     choice: Choice,
     options: Options,
     self_check: bool,
+    hot: bool,
     stop_after: u64,
     minimise: bool,
     show: bool,
@@ -55,6 +57,7 @@ fn arguments() -> Result<Arguments, String> {
         choice: Choice::default(),
         options: Options::default(),
         self_check: false,
+        hot: false,
         stop_after: 10,
         minimise: true,
         show: false,
@@ -80,6 +83,7 @@ fn arguments() -> Result<Arguments, String> {
             "--privileged" => a.choice.privileged = true,
             "--exact-flags" => a.options.exact_flags = true,
             "--self-check" => a.self_check = true,
+            "--hot" => a.hot = true,
             "--stop-after" => a.stop_after = number(value()?)?,
             "--no-minimise" => a.minimise = false,
             "--show" => a.show = true,
@@ -107,13 +111,13 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 #[cfg(feature = "translator")]
-fn engine() -> Result<Box<dyn Judge>, String> {
-    let guest = bunshin_oracle::translated::translated().map_err(|e| e.to_string())?;
+fn engine(hot: bool) -> Result<Box<dyn Judge>, String> {
+    let guest = bunshin_oracle::translated::translated(hot).map_err(|e| e.to_string())?;
     Ok(Box::new(guest))
 }
 
 #[cfg(not(feature = "translator"))]
-fn engine() -> Result<Box<dyn Judge>, String> {
+fn engine(_hot: bool) -> Result<Box<dyn Judge>, String> {
     Err("built without the translator: only --self-check works".into())
 }
 
@@ -183,7 +187,7 @@ fn run(a: &Arguments) -> Result<u64, String> {
         return Ok(0);
     }
     // The engine first: our signal handlers go on top of its own.
-    let right = if a.self_check { None } else { Some(engine()?) };
+    let right = if a.self_check { None } else { Some(engine(a.hot)?) };
     let mut native = Rc::new(RefCell::new(Native::new()?));
     let mut right = right.unwrap_or_else(|| Box::new(native.clone()));
     let mut comparison = Comparison { left: &mut native, right: &mut *right, options: a.options };

@@ -100,6 +100,7 @@ impl Unit<'_> {
         let fields = [s.reg, s.rm, s.vvvv, s.opcode];
         let mut allowed: &[u8] = match to.mem {
             Some(m) if m.base == S2 => &[S0, S1],
+            Some(m) if m.base != S0 => &[S0, S2],
             Some(_) => &[S2],
             None if self.group.is_some() => &[S0, S1, S2],
             None => &[S2, S0, S1],
@@ -176,9 +177,6 @@ impl Unit<'_> {
         if let Some(n) = swap {
             // xchg low, high: 86 /r
             self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
-        }
-        if !integer_only(i) {
-            self.write_back();
         }
         self.point(self.flags == Flags::Host);
         let out = self.a.buf();

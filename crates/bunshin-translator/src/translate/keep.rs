@@ -46,16 +46,6 @@ impl Unit<'_> {
         }
     }
 
-    /// Everything to memory, for the case that the next instruction faults.
-    pub(super) fn write_back(&mut self) {
-        for host in [S0, S1, S2] {
-            if let Some((n, dirty @ true)) = &mut self.cache[usize::from(host - S0)] {
-                *dirty = false;
-                self.a.store(at::gpr(*n), host);
-            }
-        }
-    }
-
     /// Empty r8 and r9 for a probe; r10 takes one of them over if it is free.
     pub(super) fn vacate(&mut self) {
         for host in [S0, S1] {
@@ -97,7 +87,7 @@ impl Unit<'_> {
 
     /// A scratch register that `m` does not use.
     pub(super) fn scratch_beside(&mut self, m: Mem) -> u8 {
-        if m.base == S2 {
+        if m.base != S0 {
             S0
         } else {
             self.take_s2()

@@ -42,8 +42,8 @@ mod probe;
 mod stack;
 
 use crate::asm::*;
-use crate::block::{Block, Key, Point, Site, NONE};
-use crate::cpu::{at, HOST, JC, TAG_R, TAG_W};
+use crate::block::{Block, Heat, Key, Point, Site, NONE};
+use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind, INFO_PLAIN, INFO_WRITE};
@@ -59,6 +59,18 @@ use probe::Place;
 
 /// Most guest instructions in a block.
 const MOST: usize = 64;
+
+/// Which translation of a block.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum Version {
+    /// Made at first sight.
+    First,
+    /// No accesses share a probe: for operands that cross a page.
+    Alone,
+    /// Made again when samples found it frequent; the instructions (offsets from
+    /// the block's start) change pages too often for slots.
+    Hot(Vec<u16>),
+}
 
 /// Where the guest's arithmetic flags are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -109,7 +121,7 @@ struct Unit<'a> {
     mode: u32,
     rip: u64,
     flags: Flags,
-    points: Vec<(Label, u16, bool)>,
+    points: Vec<(Label, Point)>,
     /// Place of the rel32, the stub, target, whether pages differ, version.
     sites: Vec<(Label, Label, u64, bool, bool)>,
     relied: Vec<(u16, u16)>,
@@ -117,6 +129,12 @@ struct Unit<'a> {
     info: InstructionInfoFactory,
     probed: bool,
     group: Option<Group>,
+    /// Frequent code: worth slots.
+    hot: bool,
+    /// Slots of this block, and the instructions that they serve.
+    slots: Vec<(u16, u32)>,
+    /// Instructions that change pages too often for a slot.
+    restless: Vec<u16>,
     /// Guest registers that live in memory, held by r8, r9, r10 meanwhile, and
     /// whether memory is behind.
     cache: [Option<(u8, bool)>; 3],
@@ -163,9 +181,10 @@ impl Vcpu {
     /// Translate the block at `rip` in the current mode and return its number.
     ///
     /// With `alone` no accesses share a probe: the version for operands that
-    /// cross a page. Fails with the exception that fetching the first
-    /// instruction raises.
-    pub fn translate(&mut self, rip: u64, alone: bool) -> Result<u32, Exception> {
+    /// cross a page. Hot code gets slots. Fails with the exception that fetching the
+    /// first instruction raises.
+    pub fn translate(&mut self, rip: u64, version: &mut Version) -> Result<u32, Exception> {
+        let alone = *version == Version::Alone;
         let started = bunshin_core::clock::rdtsc();
         let va = self.linear_rip(rip);
         let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
@@ -176,6 +195,11 @@ impl Vcpu {
         let host = self.phys.host(gpa & !0xfff).unwrap();
         let mode = self.mode() | if alone { mode::ALONE } else { 0 };
         let bits = mode::bits(mode);
+        let mut nothing = Vec::new();
+        let (hot, restless) = match version {
+            Version::Hot(r) => (bits == 64, r),
+            _ => (false, &mut nothing),
+        };
         // A copy: what is decoded must be what is written, whoever changes it now.
         let mut window = std::mem::take(&mut self.window);
         window.clear();
@@ -233,6 +257,9 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            hot,
+            slots: Vec::new(),
+            restless: if hot { std::mem::take(restless) } else { Vec::new() },
             cache: [None; 3],
             recipe: None,
             items: &[],
@@ -282,7 +309,10 @@ impl Vcpu {
             u.exit_to(last.next_ip());
         }
         let guest_length = (last.next_ip().wrapping_sub(rip) as u16).max(1);
-        let Unit { a, points, sites, relied, info, .. } = u;
+        let Unit { a, points, sites, relied, info, slots, restless, .. } = u;
+        for &(_, n) in &slots {
+            self.cpu_mut().refills[n as usize] = 0;
+        }
         self.asm = a;
         self.factory = Some(info);
         self.window = window;
@@ -290,8 +320,8 @@ impl Vcpu {
         let length = self.asm.length();
         let out = self.cache.take(length);
         self.asm.finish(at, out);
-        let hot = self.asm.hot.len() as u32;
-        let place = |l: Label| l.1 + if l.0 == Section::Cold { hot } else { 0 };
+        let cold_at = self.asm.hot.len() as u32;
+        let place = |l: Label| l.1 + if l.0 == Section::Cold { cold_at } else { 0 };
         let id = self.blocks.all.len() as u32;
         for (patch, stub, target, far, alone) in sites {
             self.blocks.sites.push(Site {
@@ -307,10 +337,7 @@ impl Vcpu {
                 next_far: NONE,
             });
         }
-        let mut points: Vec<Point> = points
-            .iter()
-            .map(|&(l, guest, host_flags)| Point { host: place(l), guest, host_flags })
-            .collect();
+        let mut points: Vec<Point> = points.iter().map(|&(l, p)| Point { host: place(l), ..p }).collect();
         points.sort_by_key(|p| p.host);
         let key = Key { gpa, va: rip, mode };
         self.blocks.points += points.len();
@@ -326,6 +353,7 @@ impl Vcpu {
             points: points.into_boxed_slice(),
             relied,
             incoming: NONE,
+            heat: hot.then_some(Heat { since: started, slots, restless }),
         });
         self.blocks.index.insert(key, id);
         for (page, gpa) in
@@ -377,6 +405,9 @@ impl Vcpu {
             probed: false,
             ahead: 0,
             group: None,
+            hot: false,
+            slots: Vec::new(),
+            restless: Vec::new(),
             cache: [None; 3],
             recipe: None,
             items: &[],
@@ -464,8 +495,8 @@ impl Unit<'_> {
     }
 
     fn point(&mut self, host_flags: bool) {
-        let l = self.a.here();
-        self.points.push((l, self.guest, host_flags));
+        let held = self.cache.map(|c| c.and_then(|(n, dirty)| dirty.then_some(n)));
+        self.points.push((self.a.here(), Point { host: 0, guest: self.guest, host_flags, held }));
     }
 
     /// Let Rust perform the instruction; comes back here unless it jumps.
@@ -533,8 +564,11 @@ impl Unit<'_> {
             // A REX prefix would make it an exchange.
             M::Pause => self.a.b(&[0xf3, 0x90]),
             M::Clflush | M::Clflushopt | M::Clwb => {
-                // Nothing to flush, but it faults as a load does.
+                // Nothing to flush, but it faults as a load does. No slot: an empty
+                // one needs an access behind it.
+                let hot = std::mem::take(&mut self.hot);
                 self.probe(Place::Operand(i), 1, false, live_before);
+                self.hot = hot;
             }
             M::Lea => self.lea(i),
             M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),

@@ -15,6 +15,17 @@ pub(super) enum Place<'i> {
     Frame,
 }
 
+/// Where the page of an operand is looked up.
+#[derive(Clone, Copy)]
+enum Way {
+    /// In the table, by the address.
+    Table,
+    /// In the table, at an offset that is known.
+    Fixed(u32),
+    /// In a slot of its own (hot code).
+    Slot(u32),
+}
+
 /// Accesses ahead, up to the next use of the flags, that make saving them worth it.
 const MANY_ACCESSES: usize = 4;
 
@@ -43,8 +54,9 @@ impl Unit<'_> {
     }
 
     /// The host address of an operand of `size` bytes; `live` are the flags
-    /// that must survive. It is `[r8 + r9]`, or `[r10 + n]` inside a group; the
-    /// other scratch registers are free afterwards.
+    /// that must survive. It is `[r8 + r9]`, `[r10 + n]` inside a group, or the
+    /// guest's own base register and r9 in hot code; the other scratch registers
+    /// are free afterwards.
     pub(super) fn probe(&mut self, place: Place, size: u32, write: bool, live: u32) -> Mem {
         self.ahead = self.ahead.saturating_sub(1);
         let spot = self.spot(place, size, write);
@@ -71,14 +83,11 @@ impl Unit<'_> {
         }
         self.probed = true;
         match start {
-            None => {
-                self.check(place, (0, size.into()), write, keep, false);
-                Mem { base: S0, index: Some(S1), disp: 0 }
-            }
+            None => self.check(place, (0, size.into()), write, keep, false),
             Some(g) => {
                 let s = spot.unwrap();
-                self.check(place, (g.low - s.disp, g.span), g.write, keep, true);
-                self.a.lea(true, S2, Some(S0), Some((S1, 1)), 0);
+                let m = self.check(place, (g.low - s.disp, g.span), g.write, keep, true);
+                self.a.lea(true, S2, Some(m.base), m.index.map(|x| (x, 1)), m.disp);
                 self.group = Some(g);
                 // Where the whole does not fit, go on with a version of the rest
                 // that probes one by one.
@@ -99,9 +108,43 @@ impl Unit<'_> {
         }
     }
 
-    /// Emit the check that `span` bytes from `place + from` can be accessed;
-    /// leaves their host address as r8 + r9. With a span of a group, cold code
-    /// falls through where that is not so.
+    /// A slot for a memory operand, in hot code.
+    fn slot(&mut self) -> Option<u32> {
+        if !self.hot || self.restless.contains(&self.guest) {
+            return None;
+        }
+        let n = self.v.regions.take_slot()?;
+        self.slots.push((self.guest, n));
+        Some(n)
+    }
+
+    /// An operand of hot code as the guest's own base register and displacement.
+    fn direct(&self, place: Place, from: i64) -> Option<(u8, i32)> {
+        let (n, disp) = match place {
+            Place::Operand(i)
+                if i.memory_index() == Register::None
+                    && !matches!(i.memory_segment(), Register::FS | Register::GS) =>
+            {
+                let base = i.memory_base();
+                (gpr_number(base).filter(|_| base.is_gpr64())?.0, i.memory_displacement64() as i64 + from)
+            }
+            Place::Stack(below) => (4, from - i64::from(below)),
+            Place::Frame => (5, from),
+            _ => return None,
+        };
+        // A high byte register is swapped with the low one around the instruction.
+        let swapped = match place {
+            Place::Operand(i) => (0..i.op_count()).any(|k| {
+                i.op_kind(k) == OpKind::Register && gpr_number(i.op_register(k)).is_some_and(|g| g.1)
+            }),
+            _ => false,
+        };
+        Some((pinned(n).filter(|_| !swapped)?, i32::try_from(disp).ok()?))
+    }
+
+    /// Emit the check that `span` bytes from `place + from` can be accessed, and
+    /// give their host address. With a span of a group, cold code falls through
+    /// where that is not so.
     pub(super) fn check(
         &mut self,
         place: Place,
@@ -109,39 +152,73 @@ impl Unit<'_> {
         write: bool,
         keep: bool,
         grouped: bool,
-    ) {
+    ) -> Mem {
         let tag = if write { TAG_W } else { TAG_R };
         let retry = self.a.here();
-        let slot = self.locate(place, from).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
-        if slot.is_none() {
-            self.a.rorx(S1, S0, 12);
-            self.a.movzx16(S1, S1);
-        }
+        let fixed = self.locate(place, from).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
+        let way = match fixed {
+            Some(n) => Way::Fixed(n),
+            None => self.slot().map_or(Way::Table, Way::Slot),
+        };
+        let direct = self.direct(place, from).filter(|_| matches!(way, Way::Slot(_)));
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
-        if keep {
-            match slot {
-                Some(n) => self.a.load(S2, tag + n),
-                None => self.a.load_indexed(S2, S1, tag),
+        // The register that becomes the offset in the page: the address is still
+        // needed if it is not the guest's register.
+        let mut offset = S0;
+        match way {
+            Way::Table => {
+                self.a.rorx(S1, S0, 12);
+                self.a.movzx16(S1, S1);
+                if keep {
+                    self.a.load_indexed(S2, S1, tag);
+                } else {
+                    self.a.add_indexed(S0, S1, tag);
+                }
             }
-            self.a.lea(true, S0, Some(S0), Some((S2, 1)), 0);
-            self.host_page(slot);
-            self.a.mov(S2, RCX);
-            self.a.lea(true, RCX, Some(S0), None, span as i32 - 1);
-            self.a.pext_gs(RCX, RCX, at::PAGES);
+            Way::Fixed(n) if keep => self.a.load(S2, tag + n),
+            Way::Fixed(n) => self.a.add_gs(S0, tag + n),
+            Way::Slot(n) if keep => self.a.load(S2, SLOT_T + 8 * n),
+            Way::Slot(n) if direct.is_some() => self.a.add_gs(S0, SLOT_T + 8 * n),
+            Way::Slot(n) => {
+                offset = S1;
+                self.a.load(S1, SLOT_T + 8 * n);
+                self.a.add(S1, S0);
+            }
+        }
+        if keep {
+            offset = if matches!(way, Way::Slot(_)) { S1 } else { S0 };
+            self.a.lea(true, offset, Some(S0), Some((S2, 1)), 0);
+            if matches!(way, Way::Slot(_)) {
+                // The address may also lie just below the slot's page.
+                self.a.mov(S2, RCX);
+                self.a.pext_gs(RCX, S1, at::PAGES);
+                self.a.lea(true, S1, Some(S1), None, span as i32 - 1);
+                self.a.pext_gs(S1, S1, at::PAGES);
+                self.a.lea(true, RCX, Some(RCX), Some((S1, 1)), 0);
+            } else {
+                self.host_page(way);
+                self.a.mov(S2, RCX);
+                self.a.lea(true, RCX, Some(S0), None, span as i32 - 1);
+                self.a.pext_gs(RCX, RCX, at::PAGES);
+            }
             let hit = self.a.jrcxz();
             self.a.jmp(cold);
             self.a.land(hit);
             self.a.mov(RCX, S2);
-        } else {
-            match slot {
-                Some(n) => self.a.add_gs(S0, tag + n),
-                None => self.a.add_indexed(S0, S1, tag),
+            if matches!(way, Way::Slot(_)) {
+                self.host_page(way);
             }
-            self.a.cmp_imm(S0, 4096 - span as i32);
+        } else {
+            self.a.cmp_imm(offset, 4096 - span as i32);
             self.a.jcc(7, cold);
-            self.host_page(slot);
+            self.host_page(way);
         }
+        let hit = self.a.here();
         self.a.section(Section::Cold);
+        let mut retry = retry;
+        if let (Way::Slot(n), false) = (way, keep) {
+            retry = self.refill(place, (from, span), n, tag, direct.is_some(), hit);
+        }
         self.point(false);
         if keep {
             self.a.mov(RCX, S2);
@@ -160,6 +237,9 @@ impl Unit<'_> {
         let plain =
             span < 16 && !grouped && self.items.get(self.now).is_some_and(|i| faults_plainly(&i.insn));
         let mut info = span as u32;
+        if let Way::Slot(n) = way {
+            info |= n << 16;
+        }
         if write {
             info |= INFO_WRITE;
         }
@@ -168,20 +248,68 @@ impl Unit<'_> {
         }
         self.a.mov_imm(S1, info.into());
         let stubs = self.v.stubs;
-        self.a.call_abs(match (grouped, keep) {
-            (false, false) => stubs.miss,
-            (false, true) => stubs.miss_flags,
-            (true, false) => stubs.miss_group,
-            (true, true) => stubs.miss_group_flags,
+        self.a.call_abs(match (way, grouped, keep) {
+            (Way::Slot(_), _, true) => stubs.refill[usize::from(write)][usize::from(grouped)],
+            (_, false, false) => stubs.miss,
+            (_, false, true) => stubs.miss_flags,
+            (_, true, false) => stubs.miss_group,
+            (_, true, true) => stubs.miss_group_flags,
         });
         self.a.jmp(retry);
         self.a.section(Section::Hot);
+        if matches!(way, Way::Slot(_)) {
+            // An empty slot lets through what the host's processor refuses.
+            self.point(self.flags == Flags::Host);
+        }
+        match direct {
+            Some((base, disp)) => Mem { base, index: Some(S1), disp },
+            None => Mem { base: S0, index: Some(S1), disp: 0 },
+        }
     }
 
-    pub(super) fn host_page(&mut self, slot: Option<u32>) {
-        match slot {
-            Some(n) => self.a.load(S1, HOST + n),
-            None => self.a.load_indexed(S1, S1, HOST),
+    /// Cold code that fills slot `n` from the table and goes on at `hit`; what
+    /// follows serves misses of the table and comes back to the place returned.
+    /// After a signal in between it writes the tag to the twin: the slot is then
+    /// not in order, and `events` empties it.
+    fn refill(
+        &mut self,
+        place: Place,
+        (from, span): (i64, i64),
+        n: u32,
+        tag: u32,
+        direct: bool,
+        hit: Label,
+    ) -> Label {
+        let again = self.a.here();
+        self.locate(place, from);
+        self.a.store(at::TMP2, S2);
+        self.a.rorx(S1, S0, 12);
+        self.a.movzx16(S1, S1);
+        self.a.load_indexed(S2, S1, tag);
+        self.a.add(S0, S2);
+        self.a.cmp_imm(S0, 4096 - span as i32);
+        let miss = self.a.jcc_far(7);
+        self.a.store(SLOT_T + 8 * n, S2);
+        self.a.load_indexed(S1, S1, HOST);
+        self.a.add(S1, S2);
+        self.a.store(SLOT_D + 8 * n, S1);
+        self.a.increment32(at::REFILLS + 4 * n);
+        if !direct {
+            self.a.sub(S0, S2);
+        }
+        self.a.load(S2, at::TMP2);
+        self.a.jmp(hit);
+        self.a.land_far(miss);
+        self.a.load(S2, at::TMP2);
+        again
+    }
+
+    /// What leads from the page, or for a slot from the address, to the host: r9.
+    fn host_page(&mut self, way: Way) {
+        match way {
+            Way::Table => self.a.load_indexed(S1, S1, HOST),
+            Way::Fixed(n) => self.a.load(S1, HOST + n),
+            Way::Slot(n) => self.a.load(S1, SLOT_D + 8 * n),
         }
     }
 
