@@ -43,6 +43,8 @@ pub enum Section {
 pub struct Label(pub Section, pub u32);
 
 enum Target {
+    /// Stretch of the plan, wherever it comes to lie.
+    Stretch(usize),
     Label(Label),
     Absolute(u64),
 }
@@ -59,6 +61,7 @@ pub struct Asm {
     pub hot: Vec<u8>,
     pub cold: Vec<u8>,
     fixups: Vec<Fixup>,
+    stretches: Vec<Label>,
     in_cold: bool,
 }
 
@@ -67,6 +70,7 @@ impl Asm {
         self.hot.clear();
         self.cold.clear();
         self.fixups.clear();
+        self.stretches.clear();
         self.in_cold = false;
     }
 
@@ -119,6 +123,7 @@ impl Asm {
             let from = place(&Label(f.section, f.at)) + 4;
             let to = match &f.target {
                 Target::Label(l) => place(l),
+                Target::Stretch(n) => place(&self.stretches[*n]),
                 Target::Absolute(a) => *a,
             };
             let rel = to.wrapping_sub(from) as i64;
@@ -135,6 +140,24 @@ impl Asm {
     pub fn jmp(&mut self, l: Label) {
         self.b(&[0xe9]);
         self.fix(Target::Label(l));
+    }
+
+    /// The next stretch of the plan begins here.
+    pub fn bind(&mut self) {
+        let here = self.here();
+        self.stretches.push(here);
+    }
+
+    /// `jmp` to a stretch of the plan.
+    pub fn jmp_stretch(&mut self, n: usize) {
+        self.b(&[0xe9]);
+        self.fix(Target::Stretch(n));
+    }
+
+    /// `jcc` to a stretch of the plan.
+    pub fn jcc_stretch(&mut self, cc: u8, n: usize) {
+        self.b(&[0x0f, 0x80 | cc]);
+        self.fix(Target::Stretch(n));
     }
 
     pub fn jmp_abs(&mut self, a: u64) {

@@ -1,4 +1,5 @@
 //! Translation blocks: where they are, how they are found, linked and dropped.
+use crate::translate::{Lesson, Moved};
 use crate::vcpu::Vcpu;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
@@ -43,12 +44,14 @@ pub struct Point {
     /// Offset of the first host byte from the block's start.
     pub host: u32,
     /// Offset of the guest instruction from the block's rip.
-    pub guest: u16,
+    pub guest: i16,
     /// The guest's flags are in the host's register when the copied
     /// instruction runs; else in `cpu.lazy`.
     pub host_flags: bool,
     /// Guest registers that r8, r9 and r10 hold and memory does not.
     pub held: [Option<u8>; 3],
+    /// How far the guest's stack pointer is ahead of its register.
+    pub stack: i32,
 }
 
 /// How the slots of hot code fare.
@@ -56,9 +59,10 @@ pub struct Heat {
     /// Time-stamp counter since when their refills count.
     pub since: u64,
     /// Guest instruction (offset from the block's start) and slot.
-    pub slots: Vec<(u16, u32)>,
-    /// Instructions that do better without.
-    pub restless: Vec<u16>,
+    pub slots: Vec<(i16, u32)>,
+    /// Slot whose count is the one of entries.
+    pub entries: Option<u32>,
+    pub lesson: Lesson,
 }
 
 pub struct Block {
@@ -68,6 +72,8 @@ pub struct Block {
     /// Guest bytes.
     pub length: u16,
     pub dead: bool,
+    /// Host registers that hold something else than outside.
+    pub moved: Box<[Moved]>,
     /// Of hot code only.
     pub heat: Option<Heat>,
     pub host: u64,
@@ -254,7 +260,7 @@ impl Vcpu {
         let mut at = std::mem::replace(&mut b.incoming, NONE);
         b.relied = Vec::new();
         if let Some(h) = b.heat.take() {
-            self.regions.give_back(h.slots.iter().map(|s| s.1));
+            self.regions.give_back(h.slots.iter().map(|s| s.1).chain(h.entries));
         }
         while at != NONE {
             let s = &mut self.blocks.sites[at as usize];

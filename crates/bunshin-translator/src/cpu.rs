@@ -138,6 +138,8 @@ pub struct Cpu {
     pub fault_vector: u32,
     pub fault_flags: u32,
     pub fault_addr: u64,
+    /// Guest registers whose host registers hot code uses otherwise.
+    pub away: [u64; 16],
     /// r8 to r10 at a fault.
     pub scratch: [u64; 3],
     /// The Vcpu that owns this page.
@@ -202,7 +204,7 @@ pub mod at {
     offsets! {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
         IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
-        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill; SCRATCH = scratch;
+        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill; SCRATCH = scratch; AWAY = away;
         TMP = tmp; TMP2 = tmp2; REFILLS = refills; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
@@ -210,6 +212,9 @@ pub mod at {
     }
     pub fn gpr(n: u8) -> u32 {
         GPR + 8 * u32::from(n)
+    }
+    pub fn away(n: u8) -> u32 {
+        AWAY + 8 * u32::from(n)
     }
     pub fn seg_base(n: u8) -> u32 {
         SEG_BASE + 8 * u32::from(n)

@@ -4,9 +4,10 @@
 //! last was a comparison, a logical operation or an addition of a constant, and
 //! its registers still hold what they held, one or two instructions bring the
 //! flags back, so that probes in between need not keep them.
-use crate::asm::{pinned, Asm};
+use crate::asm::Asm;
 use crate::flags::{Effect, ALL};
 use crate::insn::gpr_number;
+use crate::translate::Homes;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -35,22 +36,22 @@ pub struct Recipe {
     shift: i64,
 }
 
-fn register(i: &Instruction, n: u32) -> Option<(u8, bool)> {
+fn register(i: &Instruction, n: u32, homes: &Homes) -> Option<(u8, bool)> {
     if i.op_kind(n) != OpKind::Register {
         return None;
     }
     let r = i.op_register(n);
-    let (g, _) = gpr_number(r).filter(|g| !g.1 && pinned(g.0).is_some())?;
+    let (g, _) = gpr_number(r).filter(|g| !g.1 && homes.of(g.0).is_some())?;
     (r.size() >= 4).then_some((g, r.size() == 8))
 }
 
 impl Recipe {
     /// The recipe for the flags that `i` has just set.
-    pub fn of(i: &Instruction, effect: &Effect) -> Option<Self> {
+    pub fn of(i: &Instruction, effect: &Effect, homes: &Homes) -> Option<Self> {
         if effect.kills != ALL || i.op_count() != 2 {
             return None;
         }
-        let (reg, wide) = register(i, 0)?;
+        let (reg, wide) = register(i, 0, homes)?;
         let constant = matches!(
             i.op_kind(1),
             OpKind::Immediate8
@@ -60,7 +61,7 @@ impl Recipe {
                 | OpKind::Immediate32to64
         )
         .then(|| i.immediate(1) as i32);
-        let source = || match (constant, register(i, 1)) {
+        let source = || match (constant, register(i, 1, homes)) {
             (Some(v), _) => Some(Source::Imm(v)),
             (None, Some((r, w))) if w == wide => Some(Source::Reg(r)),
             _ => None,
@@ -95,12 +96,18 @@ impl Recipe {
         (lost & mine == 0 && self.shift.unsigned_abs() < 1 << 30).then_some(self)
     }
 
+    /// It reads guest register `n`.
+    pub fn uses(&self, n: u8) -> bool {
+        let other = matches!(self.kind, Kind::Cmp(Source::Reg(r)) | Kind::Test(Source::Reg(r)) if r == n);
+        self.reg == n || other
+    }
+
     /// Set the host's flags; may change `scratch`.
-    pub fn emit(&self, a: &mut Asm, scratch: u8) {
-        let reg = pinned(self.reg).unwrap_or_default();
+    pub fn emit(&self, a: &mut Asm, scratch: u8, homes: &Homes) {
+        let reg = homes.of(self.reg).unwrap_or_default();
         let w = if self.wide { 0x48 } else { 0x40 };
         let pair = |a: &mut Asm, op: u8, other: u8| {
-            let other = pinned(other).unwrap_or_default();
+            let other = homes.of(other).unwrap_or_default();
             a.b(&[w | ((other >> 3) << 2) | (reg >> 3), op, 0xc0 | ((other & 7) << 3) | (reg & 7)]);
         };
         let constant = |a: &mut Asm, op: u8, slash: u8, reg: u8, v: i32| {

@@ -6,7 +6,7 @@ use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who};
 use crate::stubs::Stubs;
-use crate::translate::Version;
+use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
@@ -237,7 +237,9 @@ const POINTS: usize = 4_000_000;
 /// Code cache, bytes.
 const CACHE: usize = 96 << 20;
 /// A slot is given up that changes its page more often than once in so many ticks.
-const RESTLESS: u64 = 400;
+const RESTLESS: u64 = 100;
+/// A loop that is entered more often than once in so many ticks is none.
+const STRAIGHT: u64 = 60;
 /// Processor time between two samples, nanoseconds.
 const SAMPLE_NS: i64 = 1_000_000;
 
@@ -476,31 +478,32 @@ impl Vcpu {
             if self.blocks.all[id as usize].key.gpa != key.gpa {
                 continue;
             }
-            let Some(restless) = self.restless(id) else { continue };
+            let Some(lesson) = self.lesson(id) else { continue };
             self.kill(id);
-            if self.translate(key.va, &mut Version::Hot(restless)).is_ok() {
+            if self.translate(key.va, &mut Version::Hot(lesson)).is_ok() {
                 self.counters.hot_blocks += 1;
             }
         }
     }
 
-    /// Instructions of a block that should do without slots, if the block is to be
-    /// translated again: because it is not hot code yet, or has new ones.
-    fn restless(&mut self, id: u32) -> Option<Vec<u16>> {
+    /// What was learned of a block, if that is new: that it is hot at all, or how
+    /// its slots and its loop fare.
+    fn lesson(&mut self, id: u32) -> Option<Lesson> {
         let cpu = self.cpu;
-        let Some(h) = &mut self.blocks.all[id as usize].heat else { return Some(Vec::new()) };
+        let Some(h) = &mut self.blocks.all[id as usize].heat else { return Some(Lesson::default()) };
         // SAFETY: as in `cpu_mut`; `blocks` is no part of the page.
         let refills = unsafe { &mut (*cpu).refills };
         let now = clock::rdtsc();
-        let most = (now - std::mem::replace(&mut h.since, now)) / RESTLESS;
-        let before = h.restless.len();
+        let ticks = now - std::mem::replace(&mut h.since, now);
+        let mut often = |n: u32, most| ticks < most * u64::from(std::mem::take(&mut refills[n as usize]));
+        let mut lesson = h.lesson.clone();
         for &(guest, n) in &h.slots {
-            let count = std::mem::take(&mut refills[n as usize]);
-            if u64::from(count) > most && !h.restless.contains(&guest) {
-                h.restless.push(guest);
+            if often(n, RESTLESS) && !lesson.restless.contains(&guest) {
+                lesson.restless.push(guest);
             }
         }
-        (h.restless.len() > before).then(|| h.restless.clone())
+        lesson.straight |= h.entries.is_some_and(|n| often(n, STRAIGHT));
+        (lesson != h.lesson).then_some(lesson)
     }
 
     fn translate_here(&mut self, rip: u64, site: u32) -> Option<u32> {
@@ -508,7 +511,7 @@ impl Vcpu {
         let mut version = if self.is_alone(site) {
             Version::Alone
         } else if self.effort == Effort::Always && self.cpu().cpl == 3 {
-            Version::Hot(Vec::new())
+            Version::Hot(Lesson::default())
         } else {
             Version::First
         };
@@ -603,7 +606,7 @@ impl Vcpu {
             self.fail(format!("host address {pc:#x} is in no translation"));
             return;
         };
-        let rip = b.key.va.wrapping_add(u64::from(p.guest));
+        let rip = b.key.va.wrapping_add(p.guest as u64);
         self.cpu_mut().rip = rip;
     }
 
@@ -616,9 +619,18 @@ impl Vcpu {
             self.fail(format!("host fault {vector} at {pc:#x} (address {address:#x}) in no translation"));
             return false;
         };
-        let rip = b.key.va.wrapping_add(u64::from(p.guest));
+        let rip = b.key.va.wrapping_add(p.guest as u64);
         let hot = b.heat.is_some() || b.dead;
-        let c = self.cpu_mut();
+        // SAFETY: as in `cpu_mut`; the block is no part of the page.
+        let c = unsafe { &mut *self.cpu };
+        for m in &b.moved {
+            let home = usize::from(m.host);
+            if let Some(n) = m.guest {
+                c.gpr[usize::from(n)] = c.gpr[home];
+            }
+            c.gpr[home] = c.away[home];
+        }
+        c.gpr[4] = c.gpr[4].wrapping_add(p.stack as u64);
         for (k, n) in p.held.iter().enumerate() {
             if let Some(n) = n {
                 c.gpr[usize::from(*n)] = c.scratch[k];

@@ -99,10 +99,12 @@ impl Unit<'_> {
         // Registers kept in memory, through scratch ones.
         let fields = [s.reg, s.rm, s.vvvv, s.opcode];
         let mut allowed: &[u8] = match to.mem {
-            Some(m) if m.base == S2 => &[S0, S1],
-            Some(m) if m.base != S0 => &[S0, S2],
-            Some(_) => &[S2],
-            None if self.group.is_some() => &[S0, S1, S2],
+            Some(Mem { base: S2, .. } | Mem { index: Some(S2), .. }) => &[S0, S1],
+            Some(Mem { base: S0, index: Some(S1), .. }) => &[S2],
+            Some(Mem { index: Some(S1), .. }) => &[S0, S2],
+            Some(Mem { base: S0, .. }) => &[S1, S2],
+            Some(_) => &[S0, S1, S2],
+            None if self.grouped() => &[S0, S1, S2],
             None => &[S2, S0, S1],
         };
         let mut used: Vec<u8> = Vec::new();
@@ -112,11 +114,11 @@ impl Unit<'_> {
             .iter()
             .filter(|&&f| f != 0 && i.op_kind(u32::from(f) - 1) == OpKind::Register)
             .filter_map(|&f| gpr_number(i.op_register(u32::from(f) - 1)))
-            .filter(|g| !g.1 && pinned(g.0).is_none())
+            .filter(|g| !g.1 && self.home(g.0).is_none())
             .map(|g| g.0);
         let (first, second) = (spilled.next(), spilled.next());
         let two = first.is_some() && second.is_some() && first != second;
-        if let Some(m) = to.mem.filter(|m| m.base == S0 && two) {
+        if let Some(m) = to.mem.filter(|m| m.base == S0 && m.index == Some(S1) && two) {
             // Two of them beside a memory operand: fold the address into one register.
             self.a.lea(true, S0, Some(S0), m.index.map(|x| (x, 1)), 0);
             to.mem = Some(Mem { base: S0, index: None, disp: 0 });
@@ -139,7 +141,7 @@ impl Unit<'_> {
                 } else {
                     n + 4
                 }
-            } else if let Some(h) = pinned(n) {
+            } else if let Some(h) = self.home(n) {
                 h
             } else if let Some(t) = taken[..count].iter().find(|t| t.0 == n) {
                 t.1
@@ -253,7 +255,7 @@ impl Unit<'_> {
             if size == 2 {
                 return self.low16(n);
             }
-            let to = pinned(n).unwrap_or(S0);
+            let to = self.home(n).unwrap_or(S0);
             self.a.movzx16(to, S1);
             if to == S0 {
                 self.a.store(at::gpr(n), to);
@@ -265,9 +267,9 @@ impl Unit<'_> {
         let x = gpr_number(index)
             .filter(|_| !constant)
             .map(|(n, _)| (self.get(n, used), i.memory_index_scale() as u8));
-        let to = pinned(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
+        let to = self.home(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
             // The sources are read before this is written, so it may be one of them.
-            let allowed: &[u8] = if self.group.is_some() { &[S0, S1] } else { &[S2, S0, S1] };
+            let allowed: &[u8] = if self.grouped() { &[S0, S1] } else { &[S2, S0, S1] };
             self.pick(allowed, &[])
         });
         if constant {
@@ -276,14 +278,14 @@ impl Unit<'_> {
         } else {
             self.a.lea(size == 8 && address == 8, to, b, x, disp as i32);
         }
-        if pinned(n).is_none() {
+        if self.home(n).is_none() {
             self.cache(to, n, true);
         }
     }
 
     /// Low 16 bits of guest register `n` from r9.
     pub(super) fn low16(&mut self, n: u8) {
-        match pinned(n) {
+        match self.home(n) {
             Some(h) => self.a.b(&[0x66, 0x44 | (h >> 3), 0x89, 0xc8 | (h & 7)]), // mov h16, r9w
             None => {
                 self.a.load(S0, at::gpr(n));

@@ -24,14 +24,24 @@ impl Unit<'_> {
                         if self.turns(target) {
                             // keep the poll off the way that falls through
                             let cc = i.condition_code() as u8 - 1;
-                            let taken = self.a.jcc_short(cc ^ 1);
-                            self.exit_to(target);
-                            self.a.land(taken);
+                            let over = self.a.jcc_far(cc ^ 1);
+                            self.poll(target);
+                            self.jump(target);
+                            self.a.land_far(over);
+                            self.exit_to(through);
                         } else {
                             let cc = i.condition_code() as u8 - 1;
-                            self.conditional(cc, target);
+                            let next = Some(self.place + 1);
+                            let (to, behind) = (self.inside(target), self.inside(through));
+                            // What comes next needs no jump, and a loop one for each turn.
+                            if behind != next && (to == next || to.is_none() && behind.is_some()) {
+                                self.conditional(cc ^ 1, through);
+                                self.exit_to(target);
+                            } else {
+                                self.conditional(cc, target);
+                                self.exit_to(through);
+                            }
                         }
-                        self.exit_to(through);
                     }
                 }
             }
@@ -40,6 +50,7 @@ impl Unit<'_> {
                 self.push_const(size, i.next_ip(), live);
                 self.recipe = after;
                 self.flags_to_host(S2, self.live_out);
+                self.settle_stack();
                 self.exit_to(target);
             }
             FlowControl::Return => {
@@ -52,6 +63,7 @@ impl Unit<'_> {
                 self.move_stack(i32::from(size) + extra);
                 self.recipe = after;
                 self.flags_to_host(S2, ALL);
+                self.settle_stack();
                 self.exit_indirect();
             }
             FlowControl::IndirectBranch => {
@@ -66,6 +78,7 @@ impl Unit<'_> {
                 self.recipe = after;
                 self.a.load(S0, at::TMP);
                 self.flags_to_host(S2, ALL);
+                self.settle_stack();
                 self.exit_indirect();
             }
             _ => unreachable!("{i}"),
@@ -94,18 +107,35 @@ impl Unit<'_> {
 
     /// `jcc` to `target`, linked if it can be.
     pub(super) fn conditional(&mut self, cc: u8, target: u64) {
+        if let Some(n) = self.inside(target) {
+            return self.a.jcc_stretch(cc, n);
+        }
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
         self.a.jcc(cc, cold);
         let Label(s, n) = self.a.here();
-        if self.linkable(target) {
-            self.a.section(Section::Cold);
+        self.a.section(Section::Cold);
+        if self.homes.moved().is_empty() && self.linkable(target) {
             self.site_stub(Label(s, n - 4), cold, target, false);
         } else {
-            self.a.section(Section::Cold);
+            self.depart(target);
+        }
+        self.a.section(Section::Hot);
+    }
+
+    /// Out of the plan to `target`.
+    fn depart(&mut self, target: u64) {
+        self.leave();
+        if self.linkable(target) {
+            self.site(target, false);
+        } else {
             self.a.mov_imm(S0, target);
             self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
         }
-        self.a.section(Section::Hot);
+    }
+
+    /// The stretch of this plan that begins at `target`.
+    fn inside(&self, target: u64) -> Option<usize> {
+        self.order.iter().position(|&ip| ip == target)
     }
 
     /// LOOPcc and JrCXZ, whose conditions leave the flags alone.
@@ -130,40 +160,56 @@ impl Unit<'_> {
             M::Loop => 0xe2,
             _ => 0xe3,
         });
-        self.exit_to(through);
+        match self.inside(through) {
+            Some(n) => self.a.jmp_stretch(n),
+            None => {
+                let cold = Label(Section::Cold, self.a.cold.len() as u32);
+                self.a.jmp(cold);
+                self.a.section(Section::Cold);
+                self.depart(through);
+                self.a.section(Section::Hot);
+            }
+        }
         self.a.land(taken);
         self.exit_to(target);
     }
 
-    /// Go on at a known address; flags are in the host.
+    /// The end of a stretch: go on at a known address; flags are in the host.
     pub(super) fn exit_to(&mut self, target: u64) {
         let target = self.cut(target);
         if self.turns(target) {
             self.poll(target);
         }
-        if self.linkable(target) {
-            self.site(target);
-        } else {
-            self.a.mov_imm(S0, target);
-            self.a.jmp_gs(JC + 8 * (target as u32 & 0xffff));
+        // What lies behind comes next anyway.
+        if self.inside(target) != Some(self.place + 1) {
+            self.jump(target);
+        }
+    }
+
+    fn jump(&mut self, target: u64) {
+        match self.inside(target) {
+            Some(n) => self.a.jmp_stretch(n),
+            None => self.depart(target),
         }
     }
 
     /// Jump to the address in r8; flags are in the host.
     pub(super) fn exit_indirect(&mut self) {
+        self.leave();
         self.a.movzx16(S1, S0);
         self.a.jmp_gs_indexed(S1, JC);
     }
 
-    /// A jump that can be linked: `hot` writes the jump at a place whose rel32
-    /// is the site.
-    pub(super) fn site(&mut self, target: u64) {
-        let cold = Label(Section::Cold, self.a.cold.len() as u32);
-        self.a.jmp(cold);
-        let Label(s, n) = self.a.here();
+    /// A jump that can be linked. Where it leads while it is not stands in the cold
+    /// section, right behind it if it stands there itself.
+    pub(super) fn site(&mut self, target: u64, alone: bool) {
+        let Label(section, n) = self.a.here();
+        let behind = if section == Section::Cold { 5 } else { 0 };
+        let stub = Label(Section::Cold, self.a.cold.len() as u32 + behind);
+        self.a.jmp(stub);
         self.a.section(Section::Cold);
-        self.site_stub(Label(s, n - 4), cold, target, false);
-        self.a.section(Section::Hot);
+        self.site_stub(Label(section, n + 1), stub, target, alone);
+        self.a.section(section);
     }
 
     /// Where the site with its rel32 at `patch` goes while it is not linked;
@@ -191,7 +237,7 @@ impl Unit<'_> {
     /// A linked jump backwards in a block that an event would not stop: every
     /// loop has one that looks.
     pub(super) fn turns(&self, target: u64) -> bool {
-        !self.probed && target <= self.rip && self.linkable(target)
+        !self.probed && target <= self.at && self.linkable(target)
     }
 
     /// A loop without memory accesses must still hear of events. Flags stay.
@@ -199,17 +245,23 @@ impl Unit<'_> {
         self.a.mov(S0, RCX);
         self.a.load32(RCX, at::PENDING);
         let quiet = self.a.jrcxz();
-        self.a.mov(RCX, S0);
-        self.a.mov_imm(S0, target);
-        self.a.jmp_abs(self.v.stubs.event);
+        let cold = Label(Section::Cold, self.a.cold.len() as u32);
+        self.a.jmp(cold);
         self.a.land(quiet);
         self.a.mov(RCX, S0);
+        self.a.section(Section::Cold);
+        self.a.mov(RCX, S0);
+        self.leave();
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
+        self.a.section(Section::Hot);
     }
 
     /// After an interrupt shadow: deliver what waits, else go on at `target`.
     pub(super) fn window(&mut self, target: u64) {
         self.claim_all();
         self.flags_to_host(S2, ALL);
+        self.settle_stack();
         self.a.store8_imm(at::SHADOW, 0);
         self.a.mov(S0, RCX);
         self.a.load8(RCX, at::IRQ_WAITING);

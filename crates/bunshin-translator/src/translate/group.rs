@@ -3,8 +3,8 @@ use super::*;
 
 /// Neighbouring accesses off one base register that share one probe.
 ///
-/// r10 holds the host address of the lowest byte from the first access to the
-/// last; nothing between them may use r10 or change the base by an unknown amount.
+/// A register leads to the host from the first access to the last; nothing between
+/// them may use it or change the base by an unknown amount.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Group {
     pub(super) base: Option<u8>,
@@ -15,6 +15,10 @@ pub(super) struct Group {
     /// How far the base register has moved since the probe.
     pub(super) shift: i64,
     pub(super) write: bool,
+    /// What leads to the host: its address of the lowest byte, or what is added to
+    /// the guest's own base register.
+    pub(super) host: u8,
+    pub(super) direct: bool,
 }
 
 /// Most bytes that a group covers: what crosses a page takes the other version.
@@ -88,6 +92,18 @@ impl Group {
 }
 
 impl Unit<'_> {
+    /// r10 belongs to a group.
+    pub(super) fn grouped(&self) -> bool {
+        self.group.is_some_and(|g| g.host == S2)
+    }
+
+    /// r10 is wanted for something else.
+    pub(super) fn ungroup(&mut self) {
+        if self.grouped() {
+            self.group = None;
+        }
+    }
+
     /// The access as base, index and displacement, if it has that form.
     pub(super) fn spot(&self, place: Place, size: u32, write: bool) -> Option<Spot> {
         if self.bits != 64 || self.bounce || self.mode & mode::ALONE != 0 {
@@ -144,7 +160,16 @@ impl Unit<'_> {
     /// nothing joins `first`.
     pub(super) fn gather(&self, first: Spot) -> Option<Group> {
         let (mut low, mut high, mut count, mut write) = (first.disp, first.disp + first.size, 0, first.write);
-        let mut g = Group { base: first.base, index: first.index, low: 0, span: 0, shift: 0, write: false };
+        let mut g = Group {
+            base: first.base,
+            index: first.index,
+            low: 0,
+            span: 0,
+            shift: 0,
+            write: false,
+            host: S2,
+            direct: false,
+        };
         for item in self.items[self.now..].iter().take(REACH) {
             let i = &item.insn;
             if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {

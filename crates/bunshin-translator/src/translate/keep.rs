@@ -15,7 +15,7 @@ impl Unit<'_> {
 
     /// r10 for other use than the group's or a cached register's.
     pub(super) fn take_s2(&mut self) -> u8 {
-        self.group = None;
+        self.ungroup();
         self.claim(S2);
         S2
     }
@@ -50,7 +50,7 @@ impl Unit<'_> {
     pub(super) fn vacate(&mut self) {
         for host in [S0, S1] {
             if let (Some((n, dirty)), None, None) =
-                (self.cache[usize::from(host - S0)], self.cache[2], self.group)
+                (self.cache[usize::from(host - S0)], self.cache[2], self.group.filter(|g| g.host == S2))
             {
                 self.a.mov(S2, host);
                 self.cache(S2, n, dirty);
@@ -67,7 +67,7 @@ impl Unit<'_> {
         let empty = allowed.iter().filter(fits).find(|&&h| self.cache[usize::from(h - S0)].is_none());
         let h = *empty.or_else(|| allowed.iter().find(fits)).expect("three scratch registers suffice");
         if h == S2 {
-            self.group = None;
+            self.ungroup();
         }
         self.claim(h);
         h
@@ -75,10 +75,10 @@ impl Unit<'_> {
 
     /// The host register of guest register `n`, by cache or load; not one of `used`.
     pub(super) fn get(&mut self, n: u8, used: &[u8]) -> u8 {
-        if let Some(h) = pinned(n).or_else(|| self.cached(n)) {
+        if let Some(h) = self.home(n).or_else(|| self.cached(n)) {
             return h;
         }
-        let allowed: &[u8] = if self.group.is_some() { &[S0, S1] } else { &[S2, S0, S1] };
+        let allowed: &[u8] = if self.grouped() { &[S0, S1] } else { &[S2, S0, S1] };
         let h = self.pick(allowed, used);
         self.a.load(h, at::gpr(n));
         self.cache(h, n, false);
@@ -105,7 +105,10 @@ impl Unit<'_> {
             self.a.mov(RAX, scratch);
         }
         if let (Flags::Recipe, Some(r), true) = (self.flags, self.recipe, live != 0) {
-            r.emit(&mut self.a, scratch);
+            if r.uses(4) {
+                self.settle_stack();
+            }
+            r.emit(&mut self.a, scratch, &self.homes);
         }
         if live != 0 {
             self.flags = Flags::Host;
@@ -115,7 +118,7 @@ impl Unit<'_> {
     /// The recipe after `item`, which may have set the flags itself.
     pub(super) fn recipe_after(&self, item: &Item) -> Option<Recipe> {
         if item.effect.writes != 0 {
-            return Recipe::of(&item.insn, &item.effect);
+            return Recipe::of(&item.insn, &item.effect, &self.homes);
         }
         let stack = match item.insn.mnemonic() {
             M::Push | M::Pop | M::Call | M::Ret => Some(i64::from(item.insn.stack_pointer_increment())),

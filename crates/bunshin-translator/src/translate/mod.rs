@@ -38,6 +38,7 @@ mod copy;
 mod exits;
 mod group;
 mod keep;
+mod plan;
 mod probe;
 mod stack;
 
@@ -55,6 +56,10 @@ use iced_x86::{
 };
 
 use group::Group;
+use group::Spot;
+pub(crate) use plan::Homes;
+pub use plan::Moved;
+use plan::Stretch;
 use probe::Place;
 
 /// Most guest instructions in a block.
@@ -67,9 +72,18 @@ pub enum Version {
     First,
     /// No accesses share a probe: for operands that cross a page.
     Alone,
-    /// Made again when samples found it frequent; the instructions (offsets from
-    /// the block's start) change pages too often for slots.
-    Hot(Vec<u16>),
+    /// Made again when samples found it frequent, by what was learned of it.
+    Hot(Lesson),
+}
+
+/// What running hot code has taught.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub struct Lesson {
+    /// Instructions (offsets from the block's start) that change pages too often
+    /// for slots.
+    pub restless: Vec<i16>,
+    /// Its loop is hardly ever taken.
+    pub straight: bool,
 }
 
 /// Where the guest's arithmetic flags are.
@@ -92,8 +106,9 @@ struct Item {
     live_after: u32,
     /// How it uses its memory operand.
     access: OpAccess,
-    /// General registers that it writes, a bit each.
+    /// General registers that it writes, and that it uses at all, a bit each.
     writes: u16,
+    uses: u16,
 }
 
 impl Item {
@@ -102,13 +117,14 @@ impl Item {
         let access = (0..insn.op_count())
             .find(|&n| insn.op_kind(n) == OpKind::Memory)
             .map_or(OpAccess::None, |n| info.op_access(n));
-        let writes = info
-            .used_registers()
-            .iter()
-            .filter(|r| writes(r.access()))
-            .filter_map(|r| gpr_number(r.register()))
-            .fold(0, |m, g| m | 1 << g.0);
-        Self { effect: effect(&insn), insn, at, live_after: ALL, access, writes }
+        let (mut written, mut uses) = (0, 0);
+        for r in info.used_registers() {
+            if let Some((n, _)) = gpr_number(r.register()) {
+                uses |= 1 << n;
+                written |= u16::from(writes(r.access())) << n;
+            }
+        }
+        Self { effect: effect(&insn), insn, at, live_after: ALL, access, writes: written, uses }
     }
 }
 
@@ -120,6 +136,18 @@ struct Unit<'a> {
     bits: u32,
     mode: u32,
     rip: u64,
+    /// Addresses of the stretches, the one being written, and its address.
+    order: Vec<u64>,
+    place: usize,
+    at: u64,
+    /// How far the guest's stack pointer is ahead of its register.
+    stack: i32,
+    /// Where guest registers live.
+    homes: Homes,
+    /// Slots whose ways to the host a register holds.
+    pinned_slots: Vec<(u32, u8)>,
+    /// Instructions whose first operand has one of them.
+    pins: Vec<(i16, u32)>,
     flags: Flags,
     points: Vec<(Label, Point)>,
     /// Place of the rel32, the stub, target, whether pages differ, version.
@@ -132,9 +160,10 @@ struct Unit<'a> {
     /// Frequent code: worth slots.
     hot: bool,
     /// Slots of this block, and the instructions that they serve.
-    slots: Vec<(u16, u32)>,
-    /// Instructions that change pages too often for a slot.
-    restless: Vec<u16>,
+    slots: Vec<(i16, u32)>,
+    lesson: Lesson,
+    /// The slot whose count of refills counts how often the plan is entered.
+    entries: Option<u32>,
     /// Guest registers that live in memory, held by r8, r9, r10 meanwhile, and
     /// whether memory is behind.
     cache: [Option<(u8, bool)>; 3],
@@ -148,7 +177,7 @@ struct Unit<'a> {
     /// Writing a snippet: the operand lies at `cpu.tmp`, nothing is probed.
     bounce: bool,
     /// Index of the instruction being written, for `points`.
-    guest: u16,
+    guest: i16,
 }
 
 /// Memory accesses from the first instruction on before the flags are read or
@@ -195,10 +224,9 @@ impl Vcpu {
         let host = self.phys.host(gpa & !0xfff).unwrap();
         let mode = self.mode() | if alone { mode::ALONE } else { 0 };
         let bits = mode::bits(mode);
-        let mut nothing = Vec::new();
-        let (hot, restless) = match version {
-            Version::Hot(r) => (bits == 64, r),
-            _ => (false, &mut nothing),
+        let (hot, lesson) = match version {
+            Version::Hot(lesson) if bits == 64 => (true, std::mem::take(lesson)),
+            _ => (false, Lesson::default()),
         };
         // A copy: what is decoded must be what is written, whoever changes it now.
         let mut window = std::mem::take(&mut self.window);
@@ -207,24 +235,9 @@ impl Vcpu {
         window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
         let start = (va & 0xfff) as usize;
 
-        let mut items: Vec<Item> = Vec::with_capacity(16);
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
-        {
-            let mut d = decoder(&window[start..], bits, rip);
-            while items.len() < MOST && d.can_decode() {
-                let at = start + d.position();
-                let insn = d.decode();
-                if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
-                    break;
-                }
-                let end = ends(&insn);
-                items.push(Item::new(insn, at, &mut factory));
-                if end {
-                    break;
-                }
-            }
-        }
+        let mut items = plan::decode_stretch(&window, start, rip, bits, &mut factory);
         if items.is_empty() {
             // The first instruction crosses into the next page.
             let next = (va & !0xfff).wrapping_add(4096);
@@ -248,6 +261,13 @@ impl Vcpu {
             bits,
             mode,
             rip,
+            order: Vec::new(),
+            place: 0,
+            at: rip,
+            stack: 0,
+            homes: Homes::default(),
+            pinned_slots: Vec::new(),
+            pins: Vec::new(),
             flags: Flags::Host,
             points: Vec::with_capacity(32),
             sites: Vec::new(),
@@ -259,7 +279,8 @@ impl Vcpu {
             group: None,
             hot,
             slots: Vec::new(),
-            restless: if hot { std::mem::take(restless) } else { Vec::new() },
+            lesson,
+            entries: None,
             cache: [None; 3],
             recipe: None,
             items: &[],
@@ -268,49 +289,27 @@ impl Vcpu {
             guest: 0,
         };
         u.a.clear();
-        u.look_ahead(items.last().map(|i| i.insn).unwrap(), second.is_some());
-        let mut live = u.live_out;
-        for i in items.iter_mut().rev() {
-            i.live_after = live;
-            live = i.effect.live_before(live);
+        let mut plan = vec![Stretch { ip: rip, items, live_out: ALL }];
+        if hot && !u.lesson.straight {
+            u.explore(&mut plan, gpa);
+            Unit::focus(&mut plan);
+            u.settle(&plan);
         }
+        u.liveness(&mut plan, second.is_some());
+        u.order = plan.iter().map(|s| s.ip).collect();
         u.entry();
         let body = u.a.here().1;
-        let mut ended = false;
-        let mut shadow = false;
-        u.items = &items;
-        for (n, item) in items.iter().enumerate() {
-            u.now = n;
-            u.ahead = accesses_ahead(&items[n..]);
-            ended = u.instruction(item);
-            if u.group.as_mut().is_some_and(|g| !g.step(item)) {
-                u.group = None;
-            }
-            u.recipe = u.recipe_after(item);
-            if ended {
-                break;
-            }
-            // STI: one more instruction, then look for interrupts.
-            if shadow {
-                u.window(item.insn.next_ip());
-                ended = true;
-                break;
-            }
-            shadow = item.insn.mnemonic() == M::Sti;
-            if shadow && n + 1 == items.len() {
-                u.window(item.insn.next_ip());
-                ended = true;
-            }
+        u.arrive();
+        u.count_entry();
+        for (n, s) in plan.iter().enumerate() {
+            u.stretch(n, s);
         }
-        let last = items.last().unwrap().insn;
-        if !ended {
-            u.claim_all();
-            u.flags_to_host(S2, u.live_out);
-            u.exit_to(last.next_ip());
+        let guest_length = (plan[0].last().next_ip().wrapping_sub(rip) as u16).max(1);
+        for s in &plan[1..] {
+            u.relied.push(((s.ip & 0xfff) as u16, (s.last().next_ip().wrapping_sub(s.ip & !0xfff)) as u16));
         }
-        let guest_length = (last.next_ip().wrapping_sub(rip) as u16).max(1);
-        let Unit { a, points, sites, relied, info, slots, restless, .. } = u;
-        for &(_, n) in &slots {
+        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, .. } = u;
+        for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
         }
         self.asm = a;
@@ -353,7 +352,8 @@ impl Vcpu {
             points: points.into_boxed_slice(),
             relied,
             incoming: NONE,
-            heat: hot.then_some(Heat { since: started, slots, restless }),
+            moved: homes.moved().into(),
+            heat: hot.then_some(Heat { since: started, slots, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
         for (page, gpa) in
@@ -366,7 +366,7 @@ impl Vcpu {
             }
         }
         self.counters.blocks += 1;
-        self.counters.instructions_translated += items.len() as u64;
+        self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
         self.counters.host_bytes += length as u64;
         self.counters.translate_ticks += bunshin_core::clock::rdtsc() - started;
         Ok(id)
@@ -396,6 +396,13 @@ impl Vcpu {
             bits,
             mode,
             rip: insn.ip(),
+            order: Vec::new(),
+            place: 0,
+            at: insn.ip(),
+            stack: 0,
+            homes: Homes::default(),
+            pinned_slots: Vec::new(),
+            pins: Vec::new(),
             flags: Flags::Host,
             points: Vec::new(),
             sites: Vec::new(),
@@ -407,7 +414,8 @@ impl Vcpu {
             group: None,
             hot: false,
             slots: Vec::new(),
-            restless: Vec::new(),
+            lesson: Lesson::default(),
+            entries: None,
             cache: [None; 3],
             recipe: None,
             items: &[],
@@ -429,7 +437,7 @@ impl Vcpu {
     }
 }
 
-impl Unit<'_> {
+impl<'a> Unit<'a> {
     fn wide(&self) -> bool {
         self.bits == 64
     }
@@ -446,24 +454,26 @@ impl Unit<'_> {
         (self.mode & mode::BASED == 0 && target & !0xfff == base).then_some((target & 0xfff) as usize)
     }
 
-    /// Flags that the code after this block may read, as far as it lies in the
-    /// same page.
-    fn look_ahead(&mut self, last: Instruction, crossing: bool) {
+    /// Flags that the code after a stretch may read, except at the addresses
+    /// `inside`, as far as it lies in the same page.
+    fn look_ahead(&mut self, last: &Instruction, crossing: bool, inside: &[u64]) -> u32 {
         let mut targets: Vec<u64> = Vec::new();
         match last.flow_control() {
-            FlowControl::UnconditionalBranch | FlowControl::Call if near(&last) => {
+            FlowControl::UnconditionalBranch | FlowControl::Call if near(last) => {
                 targets.push(last.near_branch_target());
             }
             FlowControl::ConditionalBranch => {
                 targets.push(last.near_branch_target());
                 targets.push(last.next_ip());
             }
-            FlowControl::Next if !ends(&last) => targets.push(last.next_ip()),
-            _ => return,
+            FlowControl::Next if !ends(last) => targets.push(last.next_ip()),
+            _ => return ALL,
         }
         if crossing {
-            return;
+            return ALL;
         }
+        // What a call returns to is not known here.
+        targets.retain(|t| last.flow_control() == FlowControl::Call || !inside.contains(t));
         let mut live = 0;
         for t in targets {
             let Some(off) = self.offset_of(t) else {
@@ -474,7 +484,7 @@ impl Unit<'_> {
             live |= live_ahead(|| d.can_decode().then(|| d.decode()));
             self.relied.push((off as u16, (off + d.position()) as u16));
         }
-        self.live_out = live;
+        live
     }
 
     /// Entry for indirect jumps: r8 must be this block's rip. Flags stay.
@@ -496,12 +506,14 @@ impl Unit<'_> {
 
     fn point(&mut self, host_flags: bool) {
         let held = self.cache.map(|c| c.and_then(|(n, dirty)| dirty.then_some(n)));
-        self.points.push((self.a.here(), Point { host: 0, guest: self.guest, host_flags, held }));
+        let p = Point { host: 0, guest: self.guest, host_flags, held, stack: self.stack };
+        self.points.push((self.a.here(), p));
     }
 
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
         self.group = None;
+        self.settle_stack();
         self.claim_all();
         if self.flags == Flags::Recipe {
             self.flags_to_host(S0, ALL);
@@ -509,16 +521,62 @@ impl Unit<'_> {
         let id = self.v.helpers.len() as u32;
         self.v.helpers.push(HelperEntry::new(*i));
         self.point(false);
+        self.leave();
         self.a.mov_imm(S2, u64::from(id));
         let stub = if self.flags == Flags::Host { self.v.stubs.helper } else { self.v.stubs.helper_lazy };
         self.a.call_abs(stub);
+        self.arrive();
         self.flags = Flags::Host;
+    }
+
+    /// Translate the stretch that is number `n` of the plan.
+    fn stretch(&mut self, n: usize, s: &'a Stretch) {
+        self.a.bind();
+        self.items = &s.items;
+        self.place = n;
+        self.at = s.ip;
+        self.live_out = s.live_out;
+        self.flags = Flags::Host;
+        self.probed = false;
+        self.group = None;
+        self.recipe = None;
+        self.stack = 0;
+        let (mut ended, mut shadow) = (false, false);
+        for (n, item) in s.items.iter().enumerate() {
+            self.ahead = accesses_ahead(&s.items[n..]);
+            self.now = n;
+            ended = self.instruction(item);
+            if self.group.as_mut().is_some_and(|g| !g.step(item)) {
+                self.group = None;
+            }
+            self.recipe = self.recipe_after(item);
+            if ended {
+                break;
+            }
+            // STI: one more instruction, then look for interrupts.
+            if shadow {
+                self.window(item.insn.next_ip());
+                ended = true;
+                break;
+            }
+            shadow = item.insn.mnemonic() == M::Sti;
+            if shadow && n + 1 == s.items.len() {
+                self.window(item.insn.next_ip());
+                ended = true;
+            }
+        }
+        if !ended {
+            self.claim_all();
+            self.flags_to_host(S2, self.live_out);
+            self.settle_stack();
+            self.exit_to(s.last().next_ip());
+        }
     }
 
     /// Translate one instruction; true if it ended the block.
     fn instruction(&mut self, item: &Item) -> bool {
         let i = &item.insn;
-        self.guest = i.ip().wrapping_sub(self.rip) as u16;
+        self.guest = i.ip().wrapping_sub(self.rip) as i16;
         let live_before = item.effect.live_before(item.live_after);
         if !self.by_generic(i) && i.mnemonic() != M::Lea {
             self.claim_all();
@@ -528,6 +586,14 @@ impl Unit<'_> {
                 self.flags_to_host(S0, ALL);
             }
             self.recipe = None;
+        }
+        if let Some(by) = self.moves_stack(item).filter(|by| (self.stack + by).unsigned_abs() < 1 << 20) {
+            self.stack += by;
+            self.flags = Flags::Dead;
+            return false;
+        }
+        if self.wants_stack(i) {
+            self.settle_stack();
         }
         if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
             self.helper(i);
@@ -588,6 +654,7 @@ impl Unit<'_> {
                 let m = self.probe(Place::Frame, u32::from(size), false, live_before);
                 self.a.load_mem(size, S0, m);
                 self.a.lea(self.wide(), GSP, Some(5), None, i32::from(size));
+                self.stack = 0;
                 self.a.mov(5, S0);
             }
             M::Cli => self.a.store8_imm(at::IFLAG, 0),
@@ -599,6 +666,7 @@ impl Unit<'_> {
             M::Std => self.a.store8_imm(at::DF, 1),
             M::Stac => self.a.store8_imm(at::AC, 1),
             M::Clac => {
+                self.settle_stack();
                 self.flags_to_host(S0, live_before);
                 // User pages entered while AC was set must go.
                 self.a.store8_imm(at::AC, 0);
@@ -633,13 +701,13 @@ impl Unit<'_> {
             M::Rdfsbase | M::Rdgsbase => {
                 let n = if i.mnemonic() == M::Rdfsbase { 4 } else { 5 };
                 let (to, _) = gpr_number(i.op0_register()).unwrap();
-                let h = pinned(to).unwrap_or(S0);
+                let h = self.home(to).unwrap_or(S0);
                 if i.op0_register().size() == 8 {
                     self.a.load(h, at::seg_base(n));
                 } else {
                     self.a.load32(h, at::seg_base(n));
                 }
-                if pinned(to).is_none() {
+                if self.home(to).is_none() {
                     self.a.store(at::gpr(to), h);
                 }
             }

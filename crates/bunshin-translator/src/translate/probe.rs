@@ -62,7 +62,7 @@ impl Unit<'_> {
         let spot = self.spot(place, size, write);
         if let (Some(s), Some(g)) = (spot, self.group) {
             if g.covers(&s) {
-                return Mem { base: S2, index: None, disp: (s.disp + g.shift - g.low) as i32 };
+                return self.covered(place, &s, &g);
             }
         }
         self.vacate();
@@ -87,8 +87,7 @@ impl Unit<'_> {
             Some(g) => {
                 let s = spot.unwrap();
                 let m = self.check(place, (g.low - s.disp, g.span), g.write, keep, true);
-                self.a.lea(true, S2, Some(m.base), m.index.map(|x| (x, 1)), m.disp);
-                self.group = Some(g);
+                let m = self.hold(m, &s, g);
                 // Where the whole does not fit, go on with a version of the rest
                 // that probes one by one.
                 self.a.section(Section::Cold);
@@ -99,19 +98,56 @@ impl Unit<'_> {
                     self.a.mov(RAX, S0);
                 }
                 let target = self.items[self.now].insn.ip();
-                let stub = Label(Section::Cold, self.a.here().1 + 5);
-                self.a.jmp(stub);
-                self.site_stub(Label(Section::Cold, stub.1 - 4), stub, target, true);
+                self.site(target, true);
                 self.a.section(Section::Hot);
+                m
+            }
+        }
+    }
+
+    /// Begin a group whose lowest byte is at `m`; gives the operand `s`.
+    fn hold(&mut self, m: Mem, s: &Spot, g: Group) -> Mem {
+        let way = m.index.filter(|_| m.base != S0);
+        match way {
+            // The guest's own base register and the way to the host.
+            Some(way) => {
+                let host = if way == S1 { S2 } else { way };
+                self.a.mov(host, way);
+                self.group = Some(Group { host, direct: true, ..g });
+                Mem { base: m.base, index: Some(host), disp: m.disp + (s.disp - g.low) as i32 }
+            }
+            None => {
+                self.a.lea(true, S2, Some(m.base), m.index.map(|x| (x, 1)), m.disp);
+                self.group = Some(Group { host: S2, direct: false, ..g });
                 Mem { base: S2, index: None, disp: (s.disp - g.low) as i32 }
+            }
+        }
+    }
+
+    /// An operand that the group's check covers.
+    fn covered(&mut self, place: Place, s: &Spot, g: &Group) -> Mem {
+        if !g.direct {
+            return Mem { base: g.host, index: None, disp: (s.disp + g.shift - g.low) as i32 };
+        }
+        match self.direct(place, 0) {
+            Some((base, disp)) => Mem { base, index: Some(g.host), disp },
+            None => {
+                let base = s.base.and_then(|b| self.home(b)).expect("a group has a base");
+                self.claim(S0);
+                let ahead = if s.base == Some(4) { self.stack } else { 0 };
+                self.a.lea(true, S0, Some(base), Some((g.host, 1)), s.disp as i32 + ahead);
+                Mem { base: S0, index: None, disp: 0 }
             }
         }
     }
 
     /// A slot for a memory operand, in hot code.
     fn slot(&mut self) -> Option<u32> {
-        if !self.hot || self.restless.contains(&self.guest) {
+        if !self.hot || self.lesson.restless.contains(&self.guest) {
             return None;
+        }
+        if let Some(k) = self.pins.iter().position(|p| p.0 == self.guest) {
+            return Some(self.pins.swap_remove(k).1);
         }
         let n = self.v.regions.take_slot()?;
         self.slots.push((self.guest, n));
@@ -126,9 +162,11 @@ impl Unit<'_> {
                     && !matches!(i.memory_segment(), Register::FS | Register::GS) =>
             {
                 let base = i.memory_base();
-                (gpr_number(base).filter(|_| base.is_gpr64())?.0, i.memory_displacement64() as i64 + from)
+                let n = gpr_number(base).filter(|_| base.is_gpr64())?.0;
+                let ahead = if n == 4 { i64::from(self.stack) } else { 0 };
+                (n, i.memory_displacement64() as i64 + from + ahead)
             }
-            Place::Stack(below) => (4, from - i64::from(below)),
+            Place::Stack(below) => (4, from - i64::from(below) + i64::from(self.stack)),
             Place::Frame => (5, from),
             _ => return None,
         };
@@ -139,7 +177,7 @@ impl Unit<'_> {
             }),
             _ => false,
         };
-        Some((pinned(n).filter(|_| !swapped)?, i32::try_from(disp).ok()?))
+        Some((self.home(n).filter(|_| !swapped)?, i32::try_from(disp).ok()?))
     }
 
     /// Emit the check that `span` bytes from `place + from` can be accessed, and
@@ -161,6 +199,13 @@ impl Unit<'_> {
             None => self.slot().map_or(Way::Table, Way::Slot),
         };
         let direct = self.direct(place, from).filter(|_| matches!(way, Way::Slot(_)));
+        let pin = match way {
+            Way::Slot(n) => self.pinned_slots.iter().find(|p| p.0 == n).map(|p| p.1),
+            _ => None,
+        };
+        let slow_slot = keep && matches!(way, Way::Slot(_));
+        let refilled = !keep && matches!(way, Way::Slot(_));
+        let mut back = if refilled { retry } else { self.back(retry) };
         let cold = Label(Section::Cold, self.a.cold.len() as u32);
         // The register that becomes the offset in the page: the address is still
         // needed if it is not the guest's register.
@@ -205,19 +250,20 @@ impl Unit<'_> {
             self.a.jmp(cold);
             self.a.land(hit);
             self.a.mov(RCX, S2);
-            if matches!(way, Way::Slot(_)) {
+            if slow_slot && pin.is_none() {
                 self.host_page(way);
             }
         } else {
             self.a.cmp_imm(offset, 4096 - span as i32);
             self.a.jcc(7, cold);
-            self.host_page(way);
+            if pin.is_none() {
+                self.host_page(way);
+            }
         }
         let hit = self.a.here();
         self.a.section(Section::Cold);
-        let mut retry = retry;
-        if let (Way::Slot(n), false) = (way, keep) {
-            retry = self.refill(place, (from, span), n, tag, direct.is_some(), hit);
+        if let (Way::Slot(n), true) = (way, refilled) {
+            back = self.refill(place, (from, span), n, tag, (direct.is_some(), pin), hit);
         }
         self.point(false);
         if keep {
@@ -227,10 +273,13 @@ impl Unit<'_> {
         if let Some((n, true)) = self.cache[2] {
             self.a.store(at::gpr(n), S2);
         }
+        // A fault finds the stack pointer where it is.
+        let stack = self.stack;
+        self.settle_stack();
         // Out of the way the flags can be made exact, for the frame of a fault too.
         let recipe = self.recipe.filter(|_| matches!(self.flags, Flags::Recipe | Flags::Dead));
         if let Some(r) = recipe {
-            r.emit(&mut self.a, S0);
+            r.emit(&mut self.a, S0, &self.homes);
         }
         let keep = keep || recipe.is_some();
         self.locate(place, from);
@@ -247,24 +296,47 @@ impl Unit<'_> {
             info |= INFO_PLAIN;
         }
         self.a.mov_imm(S1, info.into());
+        self.leave();
         let stubs = self.v.stubs;
-        self.a.call_abs(match (way, grouped, keep) {
-            (Way::Slot(_), _, true) => stubs.refill[usize::from(write)][usize::from(grouped)],
-            (_, false, false) => stubs.miss,
-            (_, false, true) => stubs.miss_flags,
-            (_, true, false) => stubs.miss_group,
-            (_, true, true) => stubs.miss_group_flags,
+        self.a.call_abs(match (grouped, keep) {
+            _ if slow_slot => stubs.refill[usize::from(write)][usize::from(grouped)],
+            (false, false) => stubs.miss,
+            (false, true) => stubs.miss_flags,
+            (true, false) => stubs.miss_group,
+            (true, true) => stubs.miss_group_flags,
         });
-        self.a.jmp(retry);
+        self.stack = stack;
+        self.a.jmp(back);
         self.a.section(Section::Hot);
         if matches!(way, Way::Slot(_)) {
             // An empty slot lets through what the host's processor refuses.
             self.point(self.flags == Flags::Host);
         }
+        let index = Some(pin.unwrap_or(S1));
         match direct {
-            Some((base, disp)) => Mem { base, index: Some(S1), disp },
-            None => Mem { base: S0, index: Some(S1), disp: 0 },
+            Some((base, disp)) => Mem { base, index, disp },
+            None => Mem { base: S0, index, disp: 0 },
         }
+    }
+
+    /// Cold code that goes on at `retry` after a stub was called; `retry` itself
+    /// if nothing was moved for the call.
+    fn back(&mut self, retry: Label) -> Label {
+        if self.homes.moved().is_empty() && self.stack == 0 {
+            return retry;
+        }
+        let hot = self.a.here().0 == Section::Hot;
+        self.a.section(Section::Cold);
+        let back = self.a.here();
+        self.arrive();
+        if self.stack != 0 {
+            self.a.lea(true, GSP, Some(GSP), None, -self.stack);
+        }
+        self.a.jmp(retry);
+        if hot {
+            self.a.section(Section::Hot);
+        }
+        back
     }
 
     /// Cold code that fills slot `n` from the table and goes on at `hit`; what
@@ -277,7 +349,7 @@ impl Unit<'_> {
         (from, span): (i64, i64),
         n: u32,
         tag: u32,
-        direct: bool,
+        (direct, pin): (bool, Option<u8>),
         hit: Label,
     ) -> Label {
         let again = self.a.here();
@@ -294,14 +366,18 @@ impl Unit<'_> {
         self.a.add(S1, S2);
         self.a.store(SLOT_D + 8 * n, S1);
         self.a.increment32(at::REFILLS + 4 * n);
+        if let Some(pin) = pin {
+            self.a.mov(pin, S1);
+        }
         if !direct {
             self.a.sub(S0, S2);
         }
         self.a.load(S2, at::TMP2);
         self.a.jmp(hit);
+        let back = self.back(again);
         self.a.land_far(miss);
         self.a.load(S2, at::TMP2);
-        again
+        back
     }
 
     /// What leads from the page, or for a slot from the address, to the host: r9.
@@ -316,7 +392,7 @@ impl Unit<'_> {
     /// A guest register's value in some host register, loading it to `scratch`
     /// if it is kept in memory.
     pub(super) fn use_gpr(&mut self, n: u8, scratch: u8) -> u8 {
-        pinned(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
+        self.home(n).or_else(|| self.cached(n)).unwrap_or_else(|| {
             self.a.load(scratch, at::gpr(n));
             scratch
         })
@@ -349,6 +425,7 @@ impl Unit<'_> {
             let x = gpr_number(index).map(|(n, _)| (self.use_gpr(n, S1), i.memory_index_scale() as u8));
             // 16-bit addresses wrap at 64 KiB and the displacement is one of 16 bits
             let disp = if size == 2 { disp as i16 as i32 } else { (disp as i32).wrapping_add(from) };
+            let disp = if base == Register::RSP { disp.wrapping_add(self.stack) } else { disp };
             let wide = size == 8 && self.bits == 64;
             self.a.lea(wide, S0, b, x, disp);
             if size == 2 {
@@ -365,6 +442,7 @@ impl Unit<'_> {
 
     /// Address `[reg + disp]` in the stack segment, into r8.
     pub(super) fn stack_slot(&mut self, reg: u8, disp: i32) {
+        let disp = if reg == GSP { disp + self.stack } else { disp };
         self.a.lea(self.wide(), S0, Some(reg), None, disp);
         if self.mode & mode::BASED != 0 && self.bits != 64 {
             self.a.load(S1, at::seg_base(2));
