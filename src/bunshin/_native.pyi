@@ -1,6 +1,6 @@
 """The engine boundary as Python sees it. Conversions only; see ARCHITECTURE.md."""
 
-from typing import Any, Final, Self, final
+from typing import Any, Final, Protocol, Self, final
 
 from typing_extensions import Buffer
 
@@ -14,6 +14,7 @@ __all__ = [
     "PIO_IN",
     "PIO_OUT",
     "SHUTDOWN",
+    "Dispatch",
     "Engine",
     "EngineError",
     "Region",
@@ -89,6 +90,36 @@ class Engine:
     def take_dirty(self, gpa: int, length: int) -> bytes: ...
     def vcpu(self, index: int) -> Vcpu: ...
 
+class _Range(Protocol):
+    """One device at one place: the addresses `[base, end)`, accesses up to `width` bytes.
+
+    `lock` (with `acquire` and `release`) is held around every call. When `read` or
+    `write` raises, `failed` says what `Vcpu.serve` is to raise.
+    """
+
+    base: int
+    end: int
+    width: int
+    lock: Any
+    def read(self, offset: int, size: int, /) -> int: ...
+    def write(self, offset: int, size: int, value: int, /) -> object: ...
+    def failed(self, error: BaseException, offset: int, size: int, value: int | None, /) -> BaseException: ...
+
+@final
+class Dispatch:
+    """Which device answers at which port and gpa, for `Vcpu.serve`; one for a machine."""
+
+    def __new__(cls) -> Self: ...
+    def replace(self, ports: list[Any], mmio: list[Any]) -> None:
+        """Take over the ranges (see `_Range`) of the port space and of the MMIO space.
+
+        Ranges that stay keep their counts. Raises EngineError (`overlap`).
+        """
+    def counts(self) -> list[tuple[Any, int, int]]:
+        """`(range, reads, writes)` of every range, as far as they were answered here."""
+    def exits(self) -> dict[int, int]:
+        """Exits answered here, by kind."""
+
 @final
 class Vcpu:
     """One virtual processor; `run` and `complete` belong to one thread."""
@@ -100,6 +131,14 @@ class Vcpu:
         shape and (`busy`, `wrong-thread`) from a second thread; nothing ran then.
         An answer to an exit that wants none is ignored. A panic in the engine is
         a FAILED exit, now and ever after.
+        """
+    def serve(self, dispatch: Dispatch, reply: int | bytes | None = None) -> _Exit:
+        """Run as `run` does, and answer exits to the devices of `dispatch` by calling them.
+
+        Returns the first exit that is not one plain access to one device: strings,
+        accesses that are wider than the device or straddle its end, absent addresses,
+        and everything that is no access. When a device raises, its access has been
+        answered with 0 by the time the error arrives here.
         """
     def complete(self, reply: int | bytes | None = None) -> None:
         """Answer the last exit without running on."""

@@ -32,10 +32,17 @@ class Target(Protocol):
     def write(self, offset: int, size: int, value: int) -> None: ...
 
 
+class Dispatch(Protocol):
+    """What answers accesses in the bus's place: `bunshin._native.Dispatch`."""
+
+    def replace(self, ports: list[Range], mmio: list[Range]) -> None: ...
+    def counts(self) -> list[tuple[Range, int, int]]: ...
+
+
 class Range:
     """One device at one place."""
 
-    __slots__ = ("base", "count", "end", "lock", "name", "read", "target", "width", "write")
+    __slots__ = ("base", "end", "lock", "name", "read", "reads", "target", "width", "write", "writes")
 
     def __init__(self, base: int, length: int, target: Target, name: str) -> None:
         self.base = base
@@ -46,10 +53,21 @@ class Range:
         self.write = target.write
         self.width: int = getattr(target, "width", 8)
         self.lock: Any = getattr(target, "lock", None) or RLock()
-        self.count = 0
+        self.reads = self.writes = 0
 
     def __lt__(self, other: Range) -> bool:
         return self.base < other.base
+
+    def failed(self, error: BaseException, offset: int, size: int, value: int | None) -> BaseException:
+        """What to raise when the device's `read`, or `write` of `value`, raised `error`."""
+        if isinstance(error, BunshinError) or not isinstance(error, Exception):
+            return error
+        call = f"read({offset:#x}, {size})" if value is None else f"write({offset:#x}, {size}, {value:#x})"
+        failure = EngineError(
+            "device-failed", f"device {self.name}: {call} raised {type(error).__name__}: {error}"
+        )
+        failure.__cause__ = error
+        return failure
 
 
 class Bus:
@@ -62,6 +80,17 @@ class Bus:
         self._bases: list[int] = []
         self._pages: dict[int, Range] = {}
         self._all: list[Range] = []
+        self._dispatch: Dispatch | None = None
+
+    def serve_by(self, dispatch: Dispatch) -> None:
+        """Let `dispatch` know who sits where, now and after every change.
+
+        It answers plain accesses without coming here: those of one element, not wider
+        than the device and inside one range. All others are for the bus.
+        """
+        with self._change:
+            self._dispatch = dispatch
+            self._tell_dispatch()
 
     def add_ports(self, base: int, length: int, device: Target, name: str = "") -> None:
         """Put `device` at the ports `[base, base + length)`.
@@ -76,6 +105,7 @@ class Bus:
                     raise self._taken("port", new, self._ports[port])
             self._ports = {**self._ports, **dict.fromkeys(range(base, base + length), new)}
             self._all.append(new)
+            self._tell_dispatch()
 
     def add_mmio(self, base: int, length: int, device: Target, name: str = "") -> None:
         """Put `device` at the guest-physical addresses `[base, base + length)`.
@@ -94,6 +124,7 @@ class Bus:
             insort(ranges, new)
             self._replace(ranges)
             self._all.append(new)
+            self._tell_dispatch()
 
     def remove(self, device: Target) -> None:
         """Take `device` off everywhere it sits.
@@ -107,6 +138,7 @@ class Bus:
             self._ports = {p: r for p, r in self._ports.items() if r.target is not device}
             self._replace([r for r in self._ranges if r.target is not device])
             self._all = [r for r in self._all if r.target is not device]
+            self._tell_dispatch()
 
     def devices(self) -> list[tuple[str, Target]]:
         """Every device with its name, each once, in the order they were added."""
@@ -115,11 +147,18 @@ class Bus:
             seen.setdefault(id(entry.target), (entry.name, entry.target))
         return list(seen.values())
 
-    def counts(self) -> dict[str, int]:
-        """Accesses by device name since the device was added."""
-        result: dict[str, int] = {}
-        for entry in self._all:
-            result[entry.name] = result.get(entry.name, 0) + entry.count
+    def counts(self) -> dict[str, tuple[int, int]]:
+        """Reads and writes by device name since the device was added.
+
+        An access that is split into bytes counts as so many.
+        """
+        found = [(entry, entry.reads, entry.writes) for entry in self._all]
+        if self._dispatch is not None:
+            found += self._dispatch.counts()
+        result: dict[str, tuple[int, int]] = {}
+        for entry, reads, writes in found:
+            before = result.get(entry.name, (0, 0))
+            result[entry.name] = before[0] + reads, before[1] + writes
         return result
 
     def port_in(self, port: int, size: int, count: int = 1) -> int | bytes:
@@ -174,25 +213,22 @@ class Bus:
         return found
 
     def _ask(self, entry: Range, address: int, size: int) -> int:
-        entry.count += 1
+        entry.reads += 1
         try:
             with entry.lock:
                 return entry.read(address - entry.base, size) & ONES[size]
-        except BunshinError:
-            raise
         except Exception as error:
-            raise self._failed(entry, f"read({address - entry.base:#x}, {size})", error) from error
+            failure = entry.failed(error, address - entry.base, size, None)
+            raise failure from failure.__cause__
 
     def _tell(self, entry: Range, address: int, size: int, value: int) -> None:
-        entry.count += 1
+        entry.writes += 1
         try:
             with entry.lock:
                 entry.write(address - entry.base, size, value)
-        except BunshinError:
-            raise
         except Exception as error:
-            call = f"write({address - entry.base:#x}, {size}, {value:#x})"
-            raise self._failed(entry, call, error) from error
+            failure = entry.failed(error, address - entry.base, size, value)
+            raise failure from failure.__cause__
 
     def _split_in(self, find: Any, address: int, size: int, last: int) -> int:
         value = 0
@@ -213,6 +249,12 @@ class Bus:
         self._bases = [entry.base for entry in ranges]
         self._pages = {}
 
+    def _tell_dispatch(self) -> None:
+        """Hand over the ranges; the lock on changes is held."""
+        if self._dispatch is not None:
+            ports = list(dict.fromkeys(self._ports.values()))
+            self._dispatch.replace(ports, self._ranges.copy())
+
     def _range(self, space: str, base: int, length: int, end: int, device: Target, name: str) -> Range:
         if length <= 0 or base < 0 or base + length > end:
             raise ConfigError(
@@ -227,13 +269,6 @@ class Bus:
             "bus-overlap",
             f"{new.name} at {space} {new.base:#x}..{new.end - 1:#x} overlaps {old.name} "
             f"at {old.base:#x}..{old.end - 1:#x}",
-        )
-
-    @staticmethod
-    def _failed(entry: Range, call: str, error: Exception) -> EngineError:
-        return EngineError(
-            "device-failed",
-            f"device {entry.name}: {call} raised {type(error).__name__}: {error}",
         )
 
 

@@ -166,7 +166,9 @@ class Machine:
             with _NativeErrors(self._native):
                 self.memory = Memory(self._engine, self._native.Region, self.config.memory)
                 self._threads = [_Cpu(index, self._engine.vcpu(index)) for index in range(self.config.cpus)]
+            self._dispatch = self._native.Dispatch()
             self.bus = Bus()
+            self.bus.serve_by(self._dispatch)
             self._lines = IrqLines(self._engine.set_irq)
             self.console = Console(self._type, lambda: self.board.com1.waiting, console)
             self.board = SmallBoard(self.bus, self._lines, self.clock, self.console.feed, self._guest_ended)
@@ -365,9 +367,14 @@ class Machine:
                 if count:
                     key = f"exits.{names.get(kind, str(kind))}"
                     result[key] = result.get(key, 0) + count
-        for name, count in self.bus.counts().items():
+        for kind, count in self._dispatch.exits().items():
             if count:
-                result[f"device.{name}"] = count
+                key = f"exits.{names.get(kind, str(kind))}"
+                result[key] = result.get(key, 0) + count
+        for name, accesses in self.bus.counts().items():
+            for direction, count in zip(("reads", "writes"), accesses, strict=True):
+                if count:
+                    result[f"device.{name}.{direction}"] = count
         for cpu in self._threads:
             for name, count in self._engine_stats(cpu).items():
                 result[f"engine.{name}"] = result.get(f"engine.{name}", 0) + count
@@ -398,7 +405,7 @@ class Machine:
 
     def _loop(self, cpu: _Cpu) -> None:
         native, bus, vcpu = self._native, self.bus, cpu.vcpu
-        run, complete = vcpu.run, vcpu.complete
+        serve, dispatch, complete = vcpu.serve, self._dispatch, vcpu.complete
         pio_in, pio_out = native.PIO_IN, native.PIO_OUT
         mmio_read, mmio_write = native.MMIO_READ, native.MMIO_WRITE
         port_in, port_out = bus.port_in, bus.port_out
@@ -410,7 +417,8 @@ class Machine:
                 reply = None
                 if not self._park(cpu):
                     return
-            kind, address, size, value = run(reply)
+            # Plain accesses to devices are answered inside; what comes here is the rest.
+            kind, address, size, value = serve(dispatch, reply)
             counts[kind] += 1
             reply = None
             try:

@@ -113,7 +113,7 @@ def test_a_session_typed_line_by_line(session: Session) -> None:
     assert re.search(r"ConfigError: .*not all RAM", session.type("m.memory.read(1 << 40, 1)"))
     answer = session.type("m.console.expect('never', 0.1)")
     assert re.search(r"Timeout: console: 'never' was not printed within 0\.1 s", answer)
-    assert session.type("m.stats()['device.answer']") == "1"
+    assert session.type("m.stats()['device.answer.reads']") == "1"
     assert session.type("m.console.write('poweroff -f\\n')") == ""
     assert session.type("m.wait(60).kind") == "'power-off'"
     assert session.type("m.close(); m.status") == "'closed'"

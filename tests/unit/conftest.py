@@ -65,6 +65,10 @@ class FakeVcpu:
         self.length = exit[2] * exit[3] if exit[0] == KINDS.PIO_IN and exit[3] > 1 else 0
         return exit
 
+    def serve(self, dispatch: FakeDispatch, reply: Any = None) -> Any:
+        """As the real one where no access is plain: every exit goes to the bus."""
+        return self.run(reply)
+
     def complete(self, reply: Any = None) -> None:
         self._answer(reply)
         if self.guest is not None:
@@ -156,11 +160,28 @@ class FakeEngine:
         return vcpu
 
 
+class FakeDispatch:
+    """Knows who sits where and answers nothing."""
+
+    def __init__(self) -> None:
+        self.places: tuple[list[Any], list[Any]] = ([], [])
+
+    def replace(self, ports: list[Any], mmio: list[Any]) -> None:
+        self.places = ports, mmio
+
+    def counts(self) -> list[tuple[Any, int, int]]:
+        return []
+
+    def exits(self) -> dict[int, int]:
+        return {}
+
+
 class FakeNative:
     """As the module `bunshin._native`; `guests` holds what each processor runs."""
 
     EngineError = FakeEngineError
     Region = FakeRegion
+    Dispatch = FakeDispatch
 
     def __init__(self) -> None:
         self.guests: list[Guest] = []

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from bunshin.bus import Bus
+from bunshin.bus import Bus, Range
 from bunshin.errors import ConfigError, EngineError
 
 
@@ -154,4 +154,32 @@ def test_counts() -> None:
     bus.add_mmio(0x100, 4, device, "one")
     bus.port_in(0x100, 1)
     bus.mmio_read(0x100, 1)
-    assert bus.counts() == {"one": 2}
+    bus.port_out(0x102, 2, 0)
+    assert bus.counts() == {"one": (2, 1)}
+
+
+def test_a_dispatch_knows_who_sits_where() -> None:
+    class Dispatch:
+        def __init__(self) -> None:
+            self.ports: list[str] = []
+            self.mmio: list[str] = []
+            self.ranges: list[Range] = []
+
+        def replace(self, ports: list[Range], mmio: list[Range]) -> None:
+            self.ports = [entry.name for entry in ports]
+            self.mmio = [entry.name for entry in mmio]
+            self.ranges = ports + mmio
+
+        def counts(self) -> list[tuple[Range, int, int]]:
+            return [(entry, 10, 1) for entry in self.ranges]
+
+    bus, dispatch, device = Bus(), Dispatch(), Recorder()
+    bus.add_ports(0x100, 4, device, "one")
+    bus.serve_by(dispatch)
+    assert (dispatch.ports, dispatch.mmio) == (["one"], [])
+    bus.add_mmio(0x1000, 4, Recorder(), "two")
+    assert (dispatch.ports, dispatch.mmio) == (["one"], ["two"])
+    bus.port_in(0x100, 1)
+    assert bus.counts() == {"one": (11, 1), "two": (10, 1)}
+    bus.remove(device)
+    assert (dispatch.ports, dispatch.mmio) == ([], ["two"])

@@ -6,11 +6,13 @@
 //! | region.rs | `Region`, with the buffer protocol                      |
 //! | engine.rs | `Engine`                                                |
 //! | vcpu.rs   | `Vcpu`, and exits and replies                           |
+//! | dispatch.rs | `Dispatch`: exits answered by calling devices         |
 //!
-//! `Vcpu.run` and every call of `Engine` release the GIL: they may wait for a
+//! `Vcpu.run`, `Vcpu.serve` and every call of `Engine` release the GIL: they may wait for a
 //! processor, and one whose exit is being handled in Python needs the GIL.
 #![deny(missing_docs)]
 
+mod dispatch;
 mod engine;
 mod region;
 mod vcpu;
@@ -60,6 +62,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<region::Region>()?;
     module.add_class::<engine::Engine>()?;
     module.add_class::<vcpu::Vcpu>()?;
+    module.add_class::<dispatch::Dispatch>()?;
     for (name, kind) in vcpu::KINDS {
         module.add(name, kind)?;
     }

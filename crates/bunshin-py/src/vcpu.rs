@@ -5,6 +5,7 @@
 //! first of them, a reply is checked against the exit it answers, and a panic in
 //! the engine ends the processor and not the process. All but `run` keep the GIL
 //! while they hold the lock, so that a short call never makes `run` find it busy.
+use crate::dispatch::Dispatch;
 use crate::{raise, refuse};
 use bunshin_core::{CpuState, Exit, Kicker, Reply};
 use pyo3::buffer::PyBuffer;
@@ -16,10 +17,11 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread::ThreadId;
 
-const PIO_IN: u8 = 0;
-const PIO_OUT: u8 = 1;
-const MMIO_READ: u8 = 2;
-const MMIO_WRITE: u8 = 3;
+/// Kinds of exit, as their first element says.
+pub const PIO_IN: u8 = 0;
+pub const PIO_OUT: u8 = 1;
+pub const MMIO_READ: u8 = 2;
+pub const MMIO_WRITE: u8 = 3;
 const HYPERCALL: u8 = 4;
 const DEBUG: u8 = 5;
 const KICKED: u8 = 6;
@@ -197,6 +199,17 @@ impl Vcpu {
         }
     }
 
+    /// Answer the last exit and run until the next one.
+    fn go(&self, py: Python<'_>, reply: impl FnOnce(&Processor) -> PyResult<Reply>) -> PyResult<Exit> {
+        let mut processor = self.lock()?;
+        processor.on_its_thread(self.index)?;
+        let reply = reply(&processor)?;
+        let exit = processor.call(|vcpu| py.allow_threads(|| vcpu.run(reply)));
+        let exit = exit.unwrap_or_else(|reason| Exit::Failed { reason });
+        processor.wants = Wants::after(&exit);
+        Ok(exit)
+    }
+
     fn lock_complete(&self) -> PyResult<MutexGuard<'_, Processor>> {
         let processor = self.lock()?;
         if processor.wants == Wants::Nothing {
@@ -212,14 +225,33 @@ impl Vcpu {
     /// Answer the last exit and run until the next one; the GIL is released.
     #[pyo3(signature = (reply = None))]
     fn run<'py>(&self, py: Python<'py>, reply: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyTuple>> {
-        let mut processor = self.lock()?;
-        processor.on_its_thread(self.index)?;
-        let reply = processor.reply(reply)?;
-        let exit = processor.call(|vcpu| py.allow_threads(|| vcpu.run(reply)));
-        let exit = exit.unwrap_or_else(|reason| Exit::Failed { reason });
-        processor.wants = Wants::after(&exit);
-        drop(processor);
+        let exit = self.go(py, |processor| processor.reply(reply))?;
         exit_tuple(py, exit)
+    }
+
+    /// Run as `run` does, and answer exits to the devices of `dispatch` by calling
+    /// them; return the first exit that is none.
+    #[pyo3(signature = (dispatch, reply = None))]
+    fn serve<'py>(
+        &self,
+        py: Python<'py>,
+        dispatch: &Bound<'py, Dispatch>,
+        reply: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Bound<'py, PyTuple>> {
+        let dispatch = dispatch.get();
+        let mut exit = self.go(py, |processor| processor.reply(reply))?;
+        loop {
+            match dispatch.answer(py, &exit) {
+                Ok(Some(reply)) => exit = self.go(py, |_| Ok(reply))?,
+                Ok(None) => return exit_tuple(py, exit),
+                Err(error) => {
+                    let mut processor = self.lock()?;
+                    processor.wants = Wants::Nothing;
+                    processor.call(|vcpu| vcpu.complete(Reply::Value(0))).map_err(panicked)?;
+                    return Err(error);
+                }
+            }
+        }
     }
 
     /// Answer the last exit without running on.

@@ -18,6 +18,7 @@ mod interp;
 mod mmu;
 mod msr;
 mod recipe;
+mod resume;
 mod signals;
 mod slow;
 mod state;

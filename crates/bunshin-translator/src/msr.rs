@@ -207,6 +207,7 @@ impl Vcpu {
         if self.index == 0 {
             self.chips.delay(lost);
         }
+        self.look = true;
         self.set_tsc_offset(offset);
     }
 

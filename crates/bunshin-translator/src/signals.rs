@@ -6,7 +6,7 @@
 //! at its next memory access or indirect jump with exact state. A sample notes the
 //! program counter, so that frequent code is found without counting.
 use crate::cpu::{Cpu, REGION, SAMPLES};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 const SLOTS: usize = 4096;
@@ -81,8 +81,9 @@ extern "C" fn on_kick(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel gives a valid context.
     let pc =
         unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
-    let page = PAGE.with(|p| p.load(Ordering::Relaxed)) as *mut Cpu;
+    let page = RUNS.with(|r| r.page.load(Ordering::Relaxed)) as *mut Cpu;
     if page.is_null() {
+        RUNS.with(|r| r.missed.store(true, Ordering::Relaxed));
         return;
     }
     // SAFETY: set only while the processor runs on this thread.
@@ -101,7 +102,7 @@ extern "C" fn on_sample(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     // SAFETY: the kernel gives a valid context.
     let pc =
         unsafe { (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs[libc::REG_RIP as usize] } as u64;
-    let page = PAGE.with(|p| p.load(Ordering::Relaxed)) as *mut Cpu;
+    let page = RUNS.with(|r| r.page.load(Ordering::Relaxed)) as *mut Cpu;
     if page.is_null() || !inside(pc) {
         return;
     }
@@ -119,14 +120,35 @@ extern "C" fn on_sample(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     }
 }
 
-thread_local! {
-    /// Processor page of the processor that this thread runs.
-    static PAGE: AtomicU64 = const { AtomicU64::new(0) };
+/// What the handler knows of the thread that it interrupts.
+struct Runs {
+    /// Processor page of the processor that the thread runs, or 0.
+    page: AtomicU64,
+    /// The one that it ran last.
+    last: AtomicU64,
+    /// A kick or a timer came while it ran none.
+    missed: AtomicBool,
 }
 
-/// Tell the handler which processor this thread runs (0: none).
-pub fn set_page(address: u64) {
-    PAGE.with(|p| p.store(address, Ordering::Release));
+thread_local! {
+    static RUNS: Runs = const {
+        Runs { page: AtomicU64::new(0), last: AtomicU64::new(0), missed: AtomicBool::new(false) }
+    };
+}
+
+/// The thread runs the processor with this page from now on. True when a signal
+/// meant for it may have gone past it before.
+pub fn enter(page: u64) -> bool {
+    RUNS.with(|r| {
+        r.page.store(page, Ordering::Release);
+        let other = r.last.swap(page, Ordering::Relaxed) != page;
+        r.missed.swap(false, Ordering::Relaxed) || other
+    })
+}
+
+/// The thread runs no processor.
+pub fn leave() {
+    RUNS.with(|r| r.page.store(0, Ordering::Release));
 }
 
 extern "C" fn on_fault(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {

@@ -8,7 +8,7 @@
 use crate::cpu::*;
 use crate::host;
 use crate::host::components;
-use crate::insn::{decode, reads, shape, writes, Parts};
+use crate::insn::{decode, reads, shape, writes};
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
 use crate::vcpu::{mode, Vcpu};
@@ -314,6 +314,9 @@ fn is_xrstor(m: M) -> bool {
 }
 
 fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
+    if i.mnemonic() == M::Mov && (0..2).any(|n| i.op_kind(n) == OpKind::Memory) {
+        return plain(v, i);
+    }
     let bytes = v.bytes_of(i)?;
     let bytes = &bytes[..i.len()];
     let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
@@ -358,28 +361,6 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if waits(i) {
         // An exception that the FPU has pending comes before those of the operand.
         v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
-    }
-    let moffs = Parts::new(bytes, mode::bits(v.mode())).is_some_and(|p| p.modrm().is_none());
-    if moffs {
-        if i.op0_kind() == OpKind::Register {
-            let x = v.load(va, size, who)?;
-            v.set_reg(i.op0_register(), x);
-        } else {
-            let x = v.reg(i.op1_register());
-            v.store(va, size, x, who)?;
-        }
-        return Ok(Flow::Next);
-    }
-    // Plain moves to and from devices need no snippet.
-    if m == M::Mov && size <= 8 {
-        if i.op0_kind() == OpKind::Memory {
-            let x = v.operand(i, 1)?;
-            v.store(va, size, x, who)?;
-        } else {
-            let x = v.load(va, size, who)?;
-            v.set_reg(i.op0_register(), x);
-        }
-        return Ok(Flow::Next);
     }
     let (mask, n) = element_mask(v, i).unwrap_or((1, size));
     // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
@@ -440,6 +421,20 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         for at in parts {
             v.write_as(va.wrapping_add(at as u64) & wrap, &buffer[at..at + n], who)?;
         }
+    }
+    Ok(Flow::Next)
+}
+
+/// MOV between memory and a general register or an immediate: what drivers use on
+/// devices, so it goes without a snippet.
+fn plain(v: &mut Vcpu, i: &Instruction) -> Done {
+    let (va, size, who) = (v.operand_address(i), i.memory_size().size(), v.data_access());
+    if i.op0_kind() == OpKind::Memory {
+        let x = v.operand(i, 1)?;
+        v.store(va, size, x, who)?;
+    } else {
+        let x = v.load(va, size, who)?;
+        v.set_reg(i.op0_register(), x);
     }
     Ok(Flow::Next)
 }

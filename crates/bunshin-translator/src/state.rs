@@ -114,6 +114,8 @@ impl Vcpu {
         self.answers.clear();
         self.outbox.clear();
         self.owed = None::<Owed>;
+        self.left = None;
+        self.look = true;
         self.fatal = None;
         let c = self.cpu_mut();
         c.gpr = s.gpr;

@@ -98,8 +98,14 @@ fn xsave_op(a: &mut Asm, mask: u64, slash: u8) {
 
 fn leave(a: &mut Asm, mask: u64, optimised: bool) {
     xsave_op(a, mask, if optimised { 6 } else { 4 });
-    // The C side expects the ABI's control words.
+    // The C side expects the ABI's control words. FNINIT is slow, and an x87 state
+    // that is not in use has them already: test byte gs:[XSTATE_BV], 1
+    a.b(&[0x65, 0xf6, 0x04, 0x25]);
+    a.d(at::XSAVE + 512);
+    a.b(&[1]);
+    let initial = a.jcc_short(4);
     a.b(&[0xdb, 0xe3]); // fninit
+    a.land(initial);
     a.b(&[0x68]); // push 0x1f80; ldmxcsr [rsp]
     a.d(0x1f80);
     a.b(&[0x0f, 0xae, 0x14, 0x24]);

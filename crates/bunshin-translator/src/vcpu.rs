@@ -5,6 +5,7 @@ use crate::cache::CodeCache;
 use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who};
+use crate::resume::{Behind, Left};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, signals};
@@ -12,6 +13,7 @@ use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
+use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex};
@@ -201,6 +203,10 @@ pub struct Vcpu {
     pub outbox: VecDeque<Exit>,
     /// The owner owes an answer to this exit.
     pub owed: Option<Owed>,
+    /// Where the last exit left translated code.
+    pub left: Option<Left>,
+    /// Look for events at the next run, whatever `eventful` says.
+    pub look: bool,
     pub fatal: Option<Exit>,
     /// Bytes of the instruction fetched last.
     pub bytes: [u8; 15],
@@ -299,6 +305,8 @@ impl Vcpu {
             answer_next: 0,
             outbox: VecDeque::new(),
             owed: None,
+            left: None,
+            look: true,
             fatal: None,
             bytes: [0; 15],
             again: false,
@@ -398,13 +406,16 @@ impl Vcpu {
     pub fn run(&mut self, reply: Reply) -> Exit {
         self.attach();
         let e = self.run_loop(reply);
-        signals::set_page(0);
+        signals::leave();
         if let Exit::PioIn { size, count, .. } = e {
             self.owed = Some(Owed::Answer { size, count });
         } else if let Exit::MmioRead { size, .. } = e {
             self.owed = Some(Owed::Answer { size, count: 1 });
         } else if let Exit::Hypercall { .. } = e {
             self.owed = Some(Owed::Answer { size: 8, count: 1 });
+        } else if !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. }) {
+            // A kick may have come together with something else.
+            self.look = true;
         }
         e
     }
@@ -413,22 +424,21 @@ impl Vcpu {
         if let Some(e) = &self.fatal {
             return e.clone();
         }
-        let mut again = false;
-        if self.owed.is_some() {
+        let answered = self.owed.is_some();
+        if answered {
             self.answer(reply);
-            again = true;
         }
         if let Some(e) = self.outbox.pop_front() {
             return e;
         }
-        if again {
-            if let Some(e) = self.step() {
-                return e;
-            }
-        }
-        let mut first = true;
+        let mut inside = match self.go_on(answered) {
+            ControlFlow::Continue(()) => true,
+            ControlFlow::Break(None) => false,
+            ControlFlow::Break(Some(e)) => return e,
+        };
         loop {
-            if std::mem::take(&mut first) || self.eventful() {
+            if std::mem::take(&mut self.look) || self.eventful() {
+                inside = false;
                 if let Some(e) = self.events() {
                     return e;
                 }
@@ -440,17 +450,20 @@ impl Vcpu {
                 if let Some(e) = self.step() {
                     return e;
                 }
+                inside = false;
                 continue;
             }
-            let rip = self.cpu().rip;
-            let id = match self.find_block(rip, false) {
-                Some(id) => id,
-                None => match self.translate_here(rip, NO_SITE) {
+            if !std::mem::take(&mut inside) {
+                let rip = self.cpu().rip;
+                let id = match self.find_block(rip, false) {
                     Some(id) => id,
-                    None => continue,
-                },
-            };
-            self.cpu_mut().resume = self.blocks.all[id as usize].body;
+                    None => match self.translate_here(rip, NO_SITE) {
+                        Some(id) => id,
+                        None => continue,
+                    },
+                };
+                self.cpu_mut().resume = self.blocks.all[id as usize].body;
+            }
             if let Some(e) = self.enter() {
                 return e;
             }
@@ -556,32 +569,15 @@ impl Vcpu {
                         let h = &self.helpers[arg as usize];
                         (h.insn, h.helper)
                     };
-                    let resume = self.cpu().host_pc;
-                    let before = (self.counters.killed, self.counters.cache_flushes);
-                    match self.perform(&insn, helper) {
-                        Ok(true) => {
-                            if !self.outbox.is_empty() || self.cpu().halted != 0 {
-                                return self.outbox.pop_front();
-                            }
-                            // The instruction may have written over what follows it, or its
-                            // snippet may have found the cache full.
-                            if self.cpu().pending.load(Ordering::Relaxed) != 0
-                                || (self.counters.killed, self.counters.cache_flushes) != before
-                            {
-                                return None;
-                            }
-                            self.cpu_mut().resume = resume;
-                        }
-                        Ok(false) => return self.outbox.pop_front(),
-                        Err(e) => return Some(e),
+                    let behind = Behind::Code(self.cpu().host_pc);
+                    if let ControlFlow::Break(e) = self.outside(&insn, helper, behind) {
+                        return e;
                     }
                 }
                 exit::SLOW => {
-                    self.locate_rip();
-                    if self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0 {
-                        return None;
+                    if let ControlFlow::Break(e) = self.slow_exit() {
+                        return e;
                     }
-                    return self.step();
                 }
                 exit::FAULT => {
                     if self.host_fault() {
@@ -655,7 +651,7 @@ impl Vcpu {
 
     /// Perform one instruction outside translated code. Ok(true): it fell
     /// through; Ok(false): look at rip afresh; Err: the owner is needed.
-    fn perform(&mut self, insn: &Instruction, helper: Helper) -> std::result::Result<bool, Exit> {
+    pub fn perform(&mut self, insn: &Instruction, helper: Helper) -> std::result::Result<bool, Exit> {
         self.may_exit = true;
         self.answer_next = 0;
         let out = self.outbox.len();
@@ -726,7 +722,9 @@ impl Vcpu {
 
     /// Take the owner's answer and finish the instruction that wanted it.
     pub fn complete(&mut self, reply: Reply) {
+        self.look = true;
         if self.owed.is_some() {
+            self.left = None;
             self.answer(reply);
             if let Some(e) = self.step() {
                 self.outbox.push_front(e);
@@ -788,7 +786,7 @@ impl Vcpu {
     // --- events -----------------------------------------------------------------
 
     /// There may be something for `events` to do.
-    fn eventful(&self) -> bool {
+    pub fn eventful(&self) -> bool {
         let c = self.cpu();
         c.pending.load(Ordering::Relaxed) != 0
             || c.halted != 0
@@ -829,6 +827,8 @@ impl Vcpu {
             if self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
+                // Others may wait behind it.
+                self.cpu().pending.store(1, Ordering::Release);
             } else if self.chips.pending(self.index) {
                 if self.cpu().iflag != 0 && self.cpu().shadow == 0 {
                     if let Some(vector) = self.chips.ack(self.index) {
@@ -878,6 +878,7 @@ impl Vcpu {
 
     /// Bind to the calling thread: signals and timers go there.
     fn attach(&mut self) {
+        self.look |= signals::enter(self.cpu as u64);
         let id = signals::thread_id();
         if self.shared.thread.load(Ordering::Relaxed) != id {
             self.shared.thread.store(id, Ordering::Release);
@@ -892,7 +893,6 @@ impl Vcpu {
             let (from, to) = self.cache.range();
             signals::register(from, to);
         }
-        signals::set_page(self.cpu as u64);
     }
 
     fn memory_changed(&mut self, gpa: u64, length: u64) {

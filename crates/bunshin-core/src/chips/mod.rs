@@ -505,6 +505,9 @@ impl Chips {
         if page == IOAPIC_GPA {
             return Some(u64::from(self.lock().ioapic.read(offset)) & ones(size));
         }
+        if self.is_elsewhere(cpu, page) {
+            return None;
+        }
         self.change(|inner| {
             let now = inner.now_for(cpu, offset);
             let Some(lapic) = inner.lapic(cpu).filter(|lapic| lapic.mmio_page() == Some(page)) else {
@@ -519,6 +522,9 @@ impl Chips {
     /// Store to a chip's page by `cpu`; false when the gpa is not a chip's.
     pub fn mmio_write(&self, cpu: u32, gpa: u64, size: u8, value: u64) -> bool {
         let (page, offset) = (gpa & !0xFFF, (gpa & 0xFFF) as u32);
+        if self.is_elsewhere(cpu, page) {
+            return false;
+        }
         self.change(|inner| {
             if page == IOAPIC_GPA {
                 inner.ioapic.write(offset, value as u32);
@@ -533,6 +539,13 @@ impl Chips {
             inner.apply(cpu as usize, effect);
             true
         })
+    }
+
+    /// No chip that `cpu` sees lies in `page`: told without bringing timers up to date,
+    /// since every access to a device of the owner's asks.
+    fn is_elsewhere(&self, cpu: u32, page: u64) -> bool {
+        let lapic = || self.lock().lapic(cpu).is_some_and(|lapic| lapic.mmio_page() == Some(page));
+        page != IOAPIC_GPA && page != LAPIC_GPA && !lapic()
     }
 
     /// Whether a gpa lies in a chip's page (of any processor).
