@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import boot as booting
 from . import engine as engines
-from . import exits
+from . import exits, stats
 from .board.small import SmallBoard, attach, check_gsi
 from .bus import Bus
 from .clock import Clock
@@ -352,10 +352,12 @@ class Machine:
         self.board.pm.press_power_button()
 
     def stats(self) -> dict[str, int]:
-        """Counters by name.
+        """Figures by name; `bunshin.stats.FIGURES` says what each means.
 
-        `exits.<kind>` counts exits, `device.<name>` accesses, `engine.<name>` is the
-        engine's own, summed over the processors. A closed machine still tells its last.
+        `exits.<kind>` counts exits, `device.<name>.reads` and `.writes` accesses,
+        `engine.<name>` is the engine's own, `time.<part>_ns` the time of the parts; all
+        summed over the processors. What has not happened may be missing. A closed
+        machine still tells its last.
         """
         return self._count() if self._final is None else dict(self._final)
 
@@ -377,7 +379,9 @@ class Machine:
                     result[f"device.{name}.{direction}"] = count
         for cpu in self._threads:
             for name, count in self._engine_stats(cpu).items():
-                result[f"engine.{name}"] = result.get(f"engine.{name}", 0) + count
+                key = name if name.startswith("time.") else f"engine.{name}"
+                result[key] = result.get(key, 0) + count
+        stats.complete(result)
         return result
 
     def _engine_stats(self, cpu: _Cpu) -> dict[str, int]:

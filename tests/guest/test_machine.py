@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 
 from bunshin import BunshinError, ConfigError, Device, EngineError, Machine, Outcome, Timeout
+from bunshin.stats import FIGURES, table
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -224,7 +225,33 @@ def test_stats_count_exits_and_accesses(linux: Linux) -> None:
     for name in ("exits.pio-out", "device.com1.writes", "engine.interrupts"):
         assert after[name] > before[name] > 0
     assert after["device.com1.writes"] - before["device.com1.writes"] >= 10
-    assert all(after[name] >= count for name, count in before.items())
+    assert all(after[name] >= count for name, count in before.items() if not name.startswith("time."))
+
+
+def test_every_figure_has_its_meaning(linux: Linux) -> None:
+    figures = linux.machine.stats()
+    known = {name for section in FIGURES.values() for name in section}
+    generic = {re.sub(r"^device\..*\.", "device.NAME.", name) for name in figures}
+    assert generic <= known
+    shown = table(figures)
+    assert "others" not in shown
+    for name, value in figures.items():
+        assert (f"  {name} " in shown) == (value != 0)
+
+
+def test_the_parts_make_the_whole(linux: Linux) -> None:
+    before = linux.machine.stats()
+    began = time.monotonic_ns()
+    linux.sh("i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; sleep 1")
+    after = linux.machine.stats()
+    took = time.monotonic_ns() - began
+    spent = {name: after[name] - before[name] for name in after if name.startswith("time.")}
+    total = spent.pop("time.total_ns")
+    assert 0.7 * took < total < 1.1 * took
+    assert abs(sum(spent.values()) - total) < 0.2 * total
+    assert spent["time.halted_ns"] > 0.8e9
+    assert spent["time.guest_code_ns"] > 0
+    assert spent["time.devices_ns"] > 0
 
 
 # Standing still ----------------------------------------------------------------------

@@ -7,6 +7,7 @@
 //! while they hold the lock, so that a short call never makes `run` find it busy.
 use crate::dispatch::Dispatch;
 use crate::{raise, refuse};
+use bunshin_core::clock::{rdtsc, tsc_hz};
 use bunshin_core::{CpuState, Exit, Kicker, Reply};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
@@ -14,6 +15,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyInt, PyTuple};
 use std::any::Any;
 use std::panic::{catch_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread::ThreadId;
 
@@ -179,6 +181,75 @@ pub struct Vcpu {
     index: u32,
     processor: Mutex<Processor>,
     kicker: Arc<dyn Kicker>,
+    times: Times,
+}
+
+/// One call of a device in so many is timed and stands for all: a prime, so that it
+/// falls into step with no loop of a driver.
+const PERIOD: u64 = 13;
+
+/// Ticks of the time-stamp counter. Written by the processor's thread only.
+#[derive(Default)]
+struct Times {
+    /// In `run` and `serve`.
+    inside: AtomicU64,
+    /// Calls of devices within `serve`.
+    called: AtomicU64,
+    /// From an exit to a device that came back to the caller to its answer.
+    answering: AtomicU64,
+    /// When the last such exit came back, or 0.
+    came: AtomicU64,
+    /// Calls until the next one that is timed.
+    left: AtomicU64,
+}
+
+impl Times {
+    fn add(to: &AtomicU64, ticks: u64) {
+        to.store(to.load(Ordering::Relaxed).wrapping_add(ticks), Ordering::Relaxed);
+    }
+
+    /// The caller comes with an answer, or none.
+    fn enter(&self) -> u64 {
+        let now = rdtsc();
+        let came = self.came.swap(0, Ordering::Relaxed);
+        if came != 0 {
+            Self::add(&self.answering, now.saturating_sub(came));
+        }
+        now
+    }
+
+    /// `exit` goes to the caller.
+    fn leave(&self, entered: u64, exit: &Exit) {
+        let now = rdtsc();
+        Self::add(&self.inside, now.saturating_sub(entered));
+        let device = matches!(
+            exit,
+            Exit::PioIn { .. } | Exit::PioOut { .. } | Exit::MmioRead { .. } | Exit::MmioWrite { .. }
+        );
+        self.came.store(if device { now } else { 0 }, Ordering::Relaxed);
+    }
+
+    /// Time `call`, if it is its turn.
+    fn sample<R>(&self, call: impl FnOnce() -> R) -> R {
+        let left = self.left.load(Ordering::Relaxed);
+        if left > 0 {
+            self.left.store(left - 1, Ordering::Relaxed);
+            return call();
+        }
+        self.left.store(PERIOD - 1, Ordering::Relaxed);
+        let started = rdtsc();
+        let result = call();
+        Self::add(&self.called, PERIOD * (rdtsc() - started));
+        result
+    }
+
+    /// Nanoseconds by name: all, and what devices took.
+    fn list(&self) -> [(&'static str, u64); 2] {
+        let [inside, called, answering] =
+            [&self.inside, &self.called, &self.answering].map(|t| t.load(Ordering::Relaxed));
+        let ns = |ticks: u64| (u128::from(ticks) * 1_000_000_000 / u128::from(tsc_hz())) as u64;
+        [("time.total_ns", ns(inside + answering)), ("time.devices_ns", ns(called + answering))]
+    }
 }
 
 impl Vcpu {
@@ -186,7 +257,7 @@ impl Vcpu {
     pub fn new(index: u32, vcpu: Box<dyn bunshin_core::Vcpu>) -> Self {
         let kicker = vcpu.kicker();
         let processor = Processor { vcpu, wants: Wants::Nothing, thread: None, broken: None };
-        Self { index, processor: Mutex::new(processor), kicker }
+        Self { index, processor: Mutex::new(processor), kicker, times: Times::default() }
     }
 
     fn lock(&self) -> PyResult<MutexGuard<'_, Processor>> {
@@ -225,7 +296,9 @@ impl Vcpu {
     /// Answer the last exit and run until the next one; the GIL is released.
     #[pyo3(signature = (reply = None))]
     fn run<'py>(&self, py: Python<'py>, reply: Option<&Bound<'py, PyAny>>) -> PyResult<Bound<'py, PyTuple>> {
+        let entered = self.times.enter();
         let exit = self.go(py, |processor| processor.reply(reply))?;
+        self.times.leave(entered, &exit);
         exit_tuple(py, exit)
     }
 
@@ -239,12 +312,17 @@ impl Vcpu {
         reply: Option<&Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyTuple>> {
         let dispatch = dispatch.get();
+        let entered = self.times.enter();
         let mut exit = self.go(py, |processor| processor.reply(reply))?;
         loop {
-            match dispatch.answer(py, &exit) {
+            match self.times.sample(|| dispatch.answer(py, &exit)) {
                 Ok(Some(reply)) => exit = self.go(py, |_| Ok(reply))?,
-                Ok(None) => return exit_tuple(py, exit),
+                Ok(None) => {
+                    self.times.leave(entered, &exit);
+                    return exit_tuple(py, exit);
+                }
                 Err(error) => {
+                    self.times.leave(entered, &Exit::Debug);
                     let mut processor = self.lock()?;
                     processor.wants = Wants::Nothing;
                     processor.call(|vcpu| vcpu.complete(Reply::Value(0))).map_err(panicked)?;
@@ -257,6 +335,7 @@ impl Vcpu {
     /// Answer the last exit without running on.
     #[pyo3(signature = (reply = None))]
     fn complete(&self, reply: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+        self.times.enter();
         let mut processor = self.lock()?;
         processor.on_its_thread(self.index)?;
         let reply = processor.reply(reply)?;
@@ -301,7 +380,7 @@ impl Vcpu {
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let counters = self.lock()?.call(|vcpu| vcpu.stats()).map_err(panicked)?;
         let stats = PyDict::new(py);
-        for (name, value) in counters {
+        for (name, value) in counters.into_iter().chain(self.times.list()) {
             stats.set_item(name, value)?;
         }
         Ok(stats)

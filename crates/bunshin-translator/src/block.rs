@@ -159,6 +159,7 @@ impl Vcpu {
     /// or the address does not translate.
     pub fn find_block(&mut self, rip: u64, alone: bool) -> Option<u32> {
         let va = self.linear_rip(rip);
+        self.counters.tlb_fetch += 1;
         let m = self.walk(va, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
         let gpa = m.gpa | (va & 0xfff);
         let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
@@ -305,6 +306,7 @@ impl Vcpu {
         if ids.iter().any(|&i| hit(&self.blocks.all[i as usize])) {
             // Who writes code writes more of it: the whole page goes, so that the
             // stores that follow are fast again.
+            self.counters.pages_dropped += 1;
             for i in ids.drain(..) {
                 self.kill(i);
             }

@@ -213,7 +213,9 @@ impl Vcpu for Handle {
 
     fn stats(&self) -> Vec<(&'static str, u64)> {
         let mut s = self.0.counters.list();
-        s.push(("code_bytes", self.0.cache.used() as u64));
+        s.extend(self.0.times.list());
+        s.push(("code_cache_used", self.0.cache.used() as u64));
+        s.push(("code_cache_size", (self.0.cache.used() + self.0.cache.room()) as u64));
         s
     }
 }

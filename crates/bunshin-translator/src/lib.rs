@@ -8,6 +8,7 @@
 mod asm;
 mod block;
 mod cache;
+mod counters;
 mod cpu;
 mod cpuid;
 mod engine;

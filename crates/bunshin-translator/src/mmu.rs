@@ -146,6 +146,8 @@ pub const INFO_WRITE: u32 = 0x1000;
 /// A page fault of this access needs no further thought: no mask suppresses it,
 /// no alignment fault comes before it.
 pub const INFO_PLAIN: u32 = 0x2000;
+/// The check is shared between several accesses.
+pub const INFO_GROUP: u32 = 0x4000;
 
 /// Who asks.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -847,7 +849,10 @@ impl Vcpu {
         }
         let m = self.walk(va, who, kind)?;
         let gpa = m.gpa | (va & 0xfff);
-        if own && kind != Kind::Fetch {
+        if kind == Kind::Fetch {
+            self.counters.tlb_fetch += 1;
+        } else if own {
+            self.counters.tlb_helper += 1;
             self.enter_tlb(va, &m, kind == Kind::Write);
         }
         let host = match self.phys.slot(gpa) {

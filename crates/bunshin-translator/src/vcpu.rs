@@ -2,9 +2,10 @@
 //! everything that is not translated code.
 use crate::block::{Blocks, NumberMap};
 use crate::cache::CodeCache;
+use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
-use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who};
+use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
@@ -53,61 +54,13 @@ pub mod mode {
 pub struct HelperEntry {
     pub insn: Instruction,
     pub helper: Helper,
+    pub family: Family,
 }
 
 impl HelperEntry {
     pub fn new(insn: Instruction) -> Self {
-        Self { helper: interp::helper(&insn), insn }
+        Self { helper: interp::helper(&insn), family: Family::of(&insn), insn }
     }
-}
-
-macro_rules! counters {
-    ($($(#[$doc:meta])* $name:ident),* $(,)?) => {
-        /// What happened so far.
-        #[derive(Default, Debug, Clone)]
-        pub struct Counters {
-            $($(#[$doc])* pub $name: u64,)*
-        }
-        impl Counters {
-            /// Name and value of every counter.
-            pub fn list(&self) -> Vec<(&'static str, u64)> {
-                vec![$((stringify!($name), self.$name),)*]
-            }
-        }
-    };
-}
-
-counters! {
-    /// Blocks translated.
-    blocks,
-    instructions_translated,
-    host_bytes,
-    translate_ticks,
-    /// Blocks translated again because samples found them frequent.
-    hot_blocks,
-    /// Page walks.
-    walks,
-    tlb_fills,
-    tlb_flushes,
-    invlpg,
-    cr3_writes,
-    /// Indirect jumps that missed the jump cache.
-    lookups,
-    links,
-    /// Blocks dropped because their code changed.
-    killed,
-    code_writes,
-    cache_flushes,
-    /// Instructions performed one at a time.
-    slow_steps,
-    exceptions,
-    interrupts,
-    /// Events that stopped translated code.
-    events,
-    helpers,
-    halts,
-    port_accesses,
-    device_accesses,
 }
 
 /// What other threads may touch.
@@ -192,6 +145,7 @@ pub struct Vcpu {
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
     pub counters: Counters,
+    pub times: Times,
     pub msrs: crate::msr::Msrs,
     pub cpuid: Arc<crate::cpuid::Table>,
     /// Whether device accesses may leave to the owner now.
@@ -298,6 +252,7 @@ impl Vcpu {
             chips,
             shared: made,
             counters: Counters::default(),
+            times: Times::default(),
             msrs: crate::msr::Msrs::default(),
             cpuid,
             may_exit: false,
@@ -439,7 +394,10 @@ impl Vcpu {
         loop {
             if std::mem::take(&mut self.look) || self.eventful() {
                 inside = false;
-                if let Some(e) = self.events() {
+                let (started, halted) = (clock::rdtsc(), self.times.halted);
+                let e = self.events();
+                self.times.events += clock::rdtsc() - started - (self.times.halted - halted);
+                if let Some(e) = e {
                     return e;
                 }
                 if self.cpu().halted != 0 {
@@ -570,12 +528,18 @@ impl Vcpu {
                         (h.insn, h.helper)
                     };
                     let behind = Behind::Code(self.cpu().host_pc);
-                    if let ControlFlow::Break(e) = self.outside(&insn, helper, behind) {
+                    let started = self.times.outside.start();
+                    let way = self.outside(&insn, helper, behind);
+                    self.times.outside.stop(started);
+                    if let ControlFlow::Break(e) = way {
                         return e;
                     }
                 }
                 exit::SLOW => {
-                    if let ControlFlow::Break(e) = self.slow_exit() {
+                    let started = self.times.slow.start();
+                    let way = self.slow_exit();
+                    self.times.slow.stop(started);
+                    if let ControlFlow::Break(e) = way {
                         return e;
                     }
                 }
@@ -845,7 +809,9 @@ impl Vcpu {
                 return None;
             }
             self.counters.halts += 1;
+            let started = clock::rdtsc();
             self.wait();
+            self.times.halted += clock::rdtsc() - started;
         }
     }
 
@@ -934,27 +900,57 @@ fn guarded(v: &mut Vcpu, otherwise: u64, f: impl FnOnce(&mut Vcpu) -> u64) -> u6
 }
 
 extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
-    guarded(v, 0, |v| fill_or_fault(v, va, info))
+    guarded(v, 0, |v| {
+        let started = v.times.fill.start();
+        let way = fill_or_fault(v, va, info);
+        v.times.fill.stop(started);
+        way
+    })
 }
 
 extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
-    guarded(v, 0, |v| if v.cpu().eflags & TF != 0 { 0 } else { v.lookup(rip) })
+    guarded(v, 0, |v| {
+        if v.cpu().eflags & TF != 0 {
+            return 0;
+        }
+        let started = v.times.find.start();
+        let code = v.lookup(rip);
+        v.times.find.stop(started);
+        code
+    })
 }
 
 extern "C" fn link(v: &mut Vcpu, rip: u64, site: u32) -> u64 {
-    guarded(v, 0, |v| v.link(rip, site))
+    guarded(v, 0, |v| {
+        let started = v.times.find.start();
+        let code = v.link(rip, site);
+        v.times.find.stop(started);
+        code
+    })
 }
 
 extern "C" fn run_helper(v: &mut Vcpu, id: u32) -> u64 {
-    guarded(v, 1, |v| help(v, id))
+    guarded(v, 1, |v| {
+        let started = v.times.inside.start();
+        let way = help(v, id);
+        v.times.inside.stop(started);
+        way
+    })
 }
 
 /// 0: take the slow path; 1: try again; 2: leave, `cpu.exit` says why; else
 /// code to go on at.
 fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
-    v.counters.tlb_fills += 1;
+    *match info & (INFO_WRITE | INFO_GROUP) {
+        0 => &mut v.counters.tlb_load,
+        INFO_WRITE => &mut v.counters.tlb_store,
+        _ => &mut v.counters.tlb_group,
+    } += 1;
     match v.fill(va, info) {
-        Filled::Slow => 0,
+        Filled::Slow => {
+            v.counters.tlb_slow += 1;
+            0
+        }
         Filled::Retry => 1,
         Filled::Fault(e) => {
             // Frames of other modes are rarer, and built with allocations.
@@ -975,9 +971,11 @@ fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
 fn help(v: &mut Vcpu, id: u32) -> u64 {
     let h = &v.helpers[id as usize];
     let (helper, insn): (Helper, *const Instruction) = (h.helper, &raw const h.insn);
+    let family = h.family as usize;
     // SAFETY: helpers are only cleared by the loop, outside translated code.
     let insn = unsafe { &*insn };
     v.counters.helpers += 1;
+    v.counters.families[family] += 1;
     let c = v.cpu_mut();
     c.rip = insn.ip();
     if helper.outside {

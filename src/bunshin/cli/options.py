@@ -38,6 +38,8 @@ class Option(NamedTuple):
     parse: Callable[[str], Any] = text
     hidden: tuple[str, ...] = ()
     """Spellings that are accepted but not listed in the help."""
+    bare: Any = None
+    """Value of an option that stands alone; then a value follows only after `=`."""
 
     @property
     def key(self) -> str:
@@ -91,6 +93,17 @@ def count(value: str) -> int:
     return int(value)
 
 
+def one_of(*choices: str) -> Callable[[str], str]:
+    """One of several words."""
+
+    def parse(value: str) -> str:
+        if value not in choices:
+            raise ValueError(f"is not {' or '.join(map(repr, choices))}{closest(value, choices)}")
+        return value
+
+    return parse
+
+
 def closest(word: str, choices: Sequence[str]) -> str:
     """`; did you mean X?` or nothing."""
     from difflib import get_close_matches  # only needed on the way out
@@ -129,6 +142,9 @@ def parse(verb: Verb, words: Sequence[str]) -> Values:
                 raise UsageError(f"{name} takes no value, but {value!r} was given")
             values.options[option.key] = True
             continue
+        if value is None and option.bare is not None:
+            values.options[option.key] = option.bare
+            continue
         if value is None:
             if not rest:
                 raise UsageError(f"{name} needs a value: {name} {option.metavar}")
@@ -158,7 +174,10 @@ def explain(verb: Verb) -> str:
     lines += [*wrap(verb.summary, 0), ""]
     lines.append("options:")
     for option in (*verb.options, HELP):
-        head = "  " + ", ".join(option.names) + (f" {option.metavar}" if option.metavar else "")
+        value = f" {option.metavar}" if option.metavar else ""
+        if option.bare is not None:
+            value = f"[={option.metavar}]"
+        head = "  " + ", ".join(option.names) + value
         lines += entry(head, option.help)
     if verb.notes:
         lines += ["", verb.notes.strip("\n")]

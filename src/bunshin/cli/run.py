@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import complain, status
 from .attend import QUIT, READER_GONE, TERMINAL_CLOSED, TIMEOUT, Output, Waker, attend
-from .options import Option, UsageError, Values, Verb, count, seconds
+from .options import Option, UsageError, Values, Verb, count, one_of, seconds
 from .terminal import Terminal
 
 if TYPE_CHECKING:
@@ -63,7 +63,15 @@ VERB = Verb(
             "End the machine after this time: seconds, or 90s, 2m, 1h.",
             seconds,
         ),
-        Option(("--stats",), None, "At the end, print what the engine did on stderr."),
+        Option(
+            ("--stats",),
+            "FORMAT",
+            "At the end, print on stderr what was translated, missed, dropped and left to "
+            "devices, and the time of each part: a 'table' that says what every figure "
+            "means, or 'json'.",
+            one_of("table", "json"),
+            bare="table",
+        ),
     ),
     notes=f"""\
 The QEMU spellings -kernel, -initrd, -append, -m, -smp and -accel work too.
@@ -112,7 +120,7 @@ def main(values: Values) -> int:
         end_line(output)
         code = explain_end(reason, machine, values.timeout)
         if values.stats:
-            print_stats(machine.stats())
+            print_stats(machine.stats(), values.stats)
         return code
     finally:
         terminal.close()
@@ -162,11 +170,16 @@ def end_line(output: Output) -> None:
             pass  # the terminal is gone
 
 
-def print_stats(stats: dict[str, int]) -> None:
-    """One `name value` line for each counter, on stderr."""
-    width = max(map(len, stats), default=0)
-    for name, value in sorted(stats.items()):
-        print(f"{name:{width}} {value}", file=sys.stderr)
+def print_stats(stats: dict[str, int], form: str) -> None:
+    """The figures on stderr: a table, or one line of JSON."""
+    if form == "json":
+        import json
+
+        print(json.dumps(stats), file=sys.stderr)
+        return
+    from bunshin.stats import table
+
+    print(table(stats), file=sys.stderr)
 
 
 def machine_arguments(values: Values) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from bunshin.cli.options import (
     Verb,
     count,
     explain,
+    one_of,
     parse,
     seconds,
 )
@@ -26,6 +27,7 @@ VERB = Verb(
         Option(("--memory", "-m"), "SIZE", "A size."),
         Option(("--cpus",), "N", "A number. " + "words " * 40, count, hidden=("-smp",)),
         Option(("--stats",), None, "A switch."),
+        Option(("--shape",), "FORM", "A choice.", one_of("round", "square"), bare="round"),
     ),
     notes="notes:\n  as they stand",
 )
@@ -62,6 +64,8 @@ def test_what_was_not_given_is_none() -> None:
 
 
 def test_operands() -> None:
+    assert (words("--shape").shape, words("--shape=square").shape) == ("round", "square")
+    assert words("--shape square").operands == ["square"]
     assert words("tiny --stats").operands == ["tiny"]
     assert words("-- --stats").operands == ["--stats"]
     assert words("-").operands == ["-"]
@@ -76,6 +80,8 @@ def test_operands() -> None:
         ("--xyzzy", "unknown option '--xyzzy'"),
         ("--kernel", "needs a value: --kernel FILE"),
         ("--stats=yes", "takes no value"),
+        ("--shape=squar", "is not 'round' or 'square'; did you mean 'square'"),
+        ("--shape=", "is not 'round' or 'square'"),
         ("--cpus two", "'two' is not a whole number"),
         ("--cpus 0", "whole number"),
         ("--cpus -1", "whole number"),
@@ -108,7 +114,14 @@ def test_help_wins_over_operands_too_many() -> None:
 def test_help_lists_every_option_and_fits() -> None:
     text = explain(VERB)
     assert text.startswith("usage: bunshin demo [THING] [options]\n")
-    for spelling in ("--kernel FILE", "--memory, -m SIZE", "--cpus N", "--stats", "--help, -h"):
+    for spelling in (
+        "--kernel FILE",
+        "--memory, -m SIZE",
+        "--cpus N",
+        "--stats",
+        "--shape[=FORM]",
+        "--help, -h",
+    ):
         assert spelling in text
     assert "-smp" not in text
     assert text.endswith("notes:\n  as they stand")

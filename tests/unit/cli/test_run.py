@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -138,7 +139,16 @@ def test_console_none(toy: Command) -> None:
 
 def test_stats(toy: Command) -> None:
     done = toy("--stats", typed=b"power-off\n")
-    assert done.stderr == b"engine.blocks 12\nexits.pio-out 7\n"
+    assert done.stderr.decode().splitlines() == [
+        "translation",
+        "  engine.blocks  12  blocks translated",
+        "devices",
+        "  exits.pio-out   7  OUT that left to Python",
+    ]
+    assert toy("--stats=table", typed=b"power-off\n").stderr == done.stderr
+    done = toy("--stats=json", typed=b"power-off\n")
+    assert json.loads(done.stderr) == {"engine.blocks": 12, "exits.pio-out": 7}
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_a_reader_that_leaves() -> None:

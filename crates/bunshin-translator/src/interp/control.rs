@@ -25,6 +25,7 @@ impl Vcpu {
     /// Deliver an exception, a double fault if that fails, shutdown if that fails too.
     pub fn deliver(&mut self, e: Exception) {
         self.counters.exceptions += 1;
+        self.counters.page_faults += u64::from(e.vector == PF_);
         self.cpu_mut().shadow = 0;
         let first = e;
         let mut e = e;

@@ -47,7 +47,7 @@ use crate::block::{Block, Heat, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
-use crate::mmu::{Exception, Kind, INFO_PLAIN, INFO_WRITE};
+use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::recipe::Recipe;
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
@@ -368,7 +368,7 @@ impl Vcpu {
         self.counters.blocks += 1;
         self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
         self.counters.host_bytes += length as u64;
-        self.counters.translate_ticks += bunshin_core::clock::rdtsc() - started;
+        self.times.translating += bunshin_core::clock::rdtsc() - started;
         Ok(id)
     }
 }

@@ -292,6 +292,9 @@ impl Unit<'_> {
         if write {
             info |= INFO_WRITE;
         }
+        if grouped {
+            info |= INFO_GROUP;
+        }
         if plain {
             info |= INFO_PLAIN;
         }
