@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import signal
@@ -89,7 +90,11 @@ def test_console_none(command: Command) -> None:
 def test_stats_go_to_stderr(command: Command) -> None:
     done = command("run", "--stats", typed=b"poweroff -f\n")
     assert done.returncode == 0
-    assert done.stderr.count(b"\n") > 1
+    assert re.search(rb"^  engine.blocks +[\d,]+  blocks translated$", done.stderr, re.MULTILINE)
+    done = command("run", "--stats=json", typed=b"poweroff -f\n")
+    figures = json.loads(done.stderr)
+    assert figures["engine.blocks"] > 10_000
+    assert figures["time.guest_code_ns"] > 0
 
 
 def test_a_reader_that_leaves_ends_it_quietly() -> None:
