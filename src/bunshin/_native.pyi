@@ -1,5 +1,6 @@
 """The engine boundary as Python sees it. Conversions only; see ARCHITECTURE.md."""
 
+import os
 from typing import Any, Final, Protocol, Self, final
 
 from typing_extensions import Buffer
@@ -21,6 +22,7 @@ __all__ = [
     "Vcpu",
     "__version__",
     "host_features",
+    "perf_map",
     "tsc_hz",
 ]
 
@@ -162,6 +164,13 @@ class Vcpu:
 
 def tsc_hz() -> int:
     """Rate of the host's time-stamp counter in Hz."""
+
+def perf_map(path: str | os.PathLike[str], symbols: list[tuple[int, str]]) -> None:
+    """Write names of translated code to `path` from now on, as perf's JIT maps want them.
+
+    For the whole process; machines that exist already are not named. `symbols` is the
+    guest's: address and name of supervisor code. Raises EngineError (`perf-map`).
+    """
 
 def host_features() -> dict[str, bool]:
     """What the translator needs of the host processor, by name: bmi2, fsgsbase, avx2, ..."""

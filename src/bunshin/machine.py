@@ -46,6 +46,9 @@ _NO_HYPERCALL = -1000 & 0xFFFF_FFFF_FFFF_FFFF
 """What an unknown hypercall returns: -ENOSYS of KVM's hypercall interface."""
 
 
+PERF_MAP = "/tmp/perf-{}.map"
+"""Where `perf` looks for the names of a process's code."""
+
 _open: weakref.WeakSet[Machine] = weakref.WeakSet()
 """Machines that were started; closed at exit, since their threads are daemons."""
 
@@ -118,6 +121,7 @@ class Machine:
         devices: Iterable[Device] = (),
         console: Any = None,
         boot: str = "auto",
+        perf_map: bool | str | os.PathLike[str] = False,
     ) -> None:
         """Build a machine; nothing runs before `start`.
 
@@ -133,6 +137,10 @@ class Machine:
             devices: your own devices, put where their `ports` and `mmio` say.
             console: a callable or binary file that gets all console output too.
             boot: `auto`, `pvh` or `linux64`.
+            perf_map: write /tmp/perf-PID.map, from which Linux's `perf` names translated
+                code by guest functions: those that the kernel names itself (True), or those
+                of a System.map, a copy of /proc/kallsyms or an ELF file (its path). One map
+                serves the whole process.
         Raises:
             ConfigError: one sentence that names the option.
             ImageError: the image cannot be had.
@@ -154,6 +162,8 @@ class Machine:
             boot=boot,
         )
         self._native = engines.native()
+        if perf_map is not False:
+            self._map_for_perf(perf_map)
         self._lock = Condition(RLock())
         self._state = "built"
         self._outcome: Outcome | None = None
@@ -544,6 +554,16 @@ class Machine:
                 self.clock.pause()
                 self._wake()
         self.console.end(kind)
+
+    def _map_for_perf(self, symbols: bool | str | os.PathLike[str]) -> None:
+        from .boot.symbols import from_file, from_kernel
+
+        if isinstance(symbols, bool):
+            names = from_kernel(self.config.kernel)
+        else:
+            names = from_file(os.fspath(symbols))
+        with _NativeErrors(self._native):
+            self._native.perf_map(PERF_MAP.format(os.getpid()), names)
 
     def _type(self, data: bytes) -> None:
         self.board.com1.push(data)

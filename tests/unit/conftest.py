@@ -188,7 +188,11 @@ class FakeNative:
         self.engines: list[FakeEngine] = []
         self.vcpus: list[FakeVcpu] = []
         self.refuse = False
+        self.perf_maps: list[tuple[str, list[tuple[int, str]]]] = []
         vars(self).update(vars(KINDS))
+
+    def perf_map(self, path: str, symbols: list[tuple[int, str]]) -> None:
+        self.perf_maps.append((path, symbols))
 
     def Engine(self, name: str, cpus: int = 1) -> FakeEngine:
         return FakeEngine(self, name, cpus)

@@ -20,6 +20,7 @@ mod vcpu;
 use pyo3::exceptions::PyException;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use std::path::PathBuf;
 
 pyo3::create_exception!(
     bunshin._native,
@@ -54,6 +55,12 @@ fn host_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(features)
 }
 
+/// Write names of translated code for perf to `path`, for the whole process.
+#[pyfunction]
+fn perf_map(py: Python<'_>, path: PathBuf, symbols: Vec<(u64, String)>) -> PyResult<()> {
+    py.allow_threads(|| bunshin_translator::perf_map::start(&path, symbols)).map_err(raise)
+}
+
 /// The engine boundary as Python sees it.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -67,5 +74,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add(name, kind)?;
     }
     module.add_function(wrap_pyfunction!(tsc_hz, module)?)?;
+    module.add_function(wrap_pyfunction!(perf_map, module)?)?;
     module.add_function(wrap_pyfunction!(host_features, module)?)
 }

@@ -2,7 +2,8 @@
 //!
 //! Translations are written through one mapping (read, write) and run through
 //! the other (read, execute), so no page can be written and executed at the
-//! same address.
+//! same address. The memory is anonymous, since that is where `perf` expects
+//! code that somebody else names (`perf_map.rs`).
 use bunshin_core::{EngineError, Result};
 
 pub struct CodeCache {
@@ -19,22 +20,32 @@ unsafe impl Send for CodeCache {}
 
 impl CodeCache {
     pub fn new(size: usize) -> Result<Self> {
+        let refused = || EngineError::last_os("host-memory", "the host refused executable memory");
         // SAFETY: plain system calls on fresh mappings.
         unsafe {
-            let fd = libc::memfd_create(c"bunshin-code".as_ptr(), libc::MFD_CLOEXEC);
-            if fd < 0 {
-                return Err(EngineError::last_os("host-memory", "no memory file for the code cache"));
+            let rw = libc::mmap(
+                std::ptr::null_mut(),
+                size,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            );
+            if rw == libc::MAP_FAILED {
+                return Err(EngineError::last_os("host-memory", "no memory for the code cache"));
             }
-            if libc::ftruncate(fd, size as libc::off_t) != 0 {
-                libc::close(fd);
-                return Err(EngineError::last_os("host-memory", "the code cache"));
+            // An old size of 0 maps the same shared memory a second time.
+            let rx = libc::mremap(rw, 0, size, libc::MREMAP_MAYMOVE);
+            if rx == libc::MAP_FAILED {
+                let error = refused();
+                libc::munmap(rw, size);
+                return Err(error);
             }
-            let map = |prot| libc::mmap(std::ptr::null_mut(), size, prot, libc::MAP_SHARED, fd, 0);
-            let rw = map(libc::PROT_READ | libc::PROT_WRITE);
-            let rx = map(libc::PROT_READ | libc::PROT_EXEC);
-            libc::close(fd);
-            if rw == libc::MAP_FAILED || rx == libc::MAP_FAILED {
-                return Err(EngineError::last_os("host-memory", "the host refused executable memory"));
+            if libc::mprotect(rx, size, libc::PROT_READ | libc::PROT_EXEC) != 0 {
+                let error = refused();
+                libc::munmap(rw, size);
+                libc::munmap(rx, size);
+                return Err(error);
             }
             Ok(Self { rw: rw.cast(), rx: rx.cast(), size, used: 0, floor: 0 })
         }

@@ -18,6 +18,7 @@ mod insn;
 mod interp;
 mod mmu;
 mod msr;
+pub mod perf_map;
 mod recipe;
 mod resume;
 mod signals;

@@ -9,6 +9,7 @@ use crate::asm::*;
 use crate::cache::CodeCache;
 use crate::cpu::{at, exit, CPU_BYTES, HOST, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::insn::Mem;
+use crate::perf_map;
 
 /// Host addresses of the stubs.
 #[derive(Default, Clone, Copy)]
@@ -162,6 +163,35 @@ fn refill(a: &mut Asm, write: bool, miss: u64) {
 }
 
 impl Stubs {
+    /// Name the stubs, which lie from `first` to `end`, in the map for perf.
+    pub fn tell(&self, first: u64, end: u64) {
+        let [[load, load_group], [store, store_group]] = self.refill;
+        let mut named = [
+            (first, "leave"),
+            (self.enter, "enter"),
+            (self.miss, "miss"),
+            (self.miss_flags, "miss"),
+            (self.miss_group, "miss"),
+            (self.miss_group_flags, "miss"),
+            (load, "refill"),
+            (load_group, "refill"),
+            (store, "refill"),
+            (store_group, "refill"),
+            (self.lookup, "lookup"),
+            (self.link, "link"),
+            (self.helper, "helper"),
+            (self.helper_lazy, "helper"),
+            (self.event, "event"),
+            (self.fault, "fault"),
+            (self.snippet_end, "snippet end"),
+        ];
+        named.sort_unstable();
+        let ends = named.iter().skip(1).map(|s| s.0).chain([end]);
+        for (&(from, name), to) in named.iter().zip(ends) {
+            perf_map::own(from, to - from, name);
+        }
+    }
+
     /// Write all stubs. `mask` names the XSAVE components that belong to the guest.
     pub fn write(cache: &mut CodeCache, mask: u64, xsaveopt: bool) -> Self {
         let mut s = Self::default();

@@ -9,7 +9,7 @@ use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_W
 use crate::resume::{Behind, Left};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
-use crate::{asm::Asm, signals};
+use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, Exit, Reply, Result};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
@@ -217,6 +217,9 @@ impl Vcpu {
         let _ = iced_x86::Code::INVALID.op_code();
         let mut cache = CodeCache::new(CACHE)?;
         let stubs = Stubs::write(&mut cache, crate::host::xsave_mask(), crate::host::has_xsaveopt());
+        if perf_map::is_on() {
+            stubs.tell(cache.range().0, cache.next());
+        }
         let mut regions = Regions::new()?;
         regions.set_miss(stubs.lookup);
         let cpu = regions.cpu;
@@ -371,6 +374,9 @@ impl Vcpu {
         } else if !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. }) {
             // A kick may have come together with something else.
             self.look = true;
+            if perf_map::is_on() {
+                perf_map::flush();
+            }
         }
         e
     }
@@ -874,6 +880,7 @@ impl Vcpu {
 
 impl Drop for Vcpu {
     fn drop(&mut self) {
+        perf_map::flush();
         self.shared.forget();
         let (from, _) = self.cache.range();
         signals::unregister(from);

@@ -72,6 +72,17 @@ VERB = Verb(
             one_of("table", "json"),
             bare="table",
         ),
+        Option(
+            ("--perf-map",),
+            None,
+            "Write /tmp/perf-PID.map, so that Linux's 'perf' shows guest functions.",
+        ),
+        Option(
+            ("--symbols",),
+            "FILE",
+            "Names for --perf-map: a System.map, a copy of the guest's /proc/kallsyms, or an "
+            "ELF file; otherwise the kernel's own.",
+        ),
     ),
     notes=f"""\
 The QEMU spellings -kernel, -initrd, -append, -m, -smp and -accel work too.
@@ -189,11 +200,15 @@ def machine_arguments(values: Values) -> dict[str, Any]:
         raise UsageError(f"choose one: the image {image!r} or --kernel {values.kernel!r}")
     if values.kernel is None and values.initrd is not None and image is None:
         raise UsageError("--initrd needs --kernel")
+    if values.symbols is not None and not values.perf_map:
+        raise UsageError("--symbols needs --perf-map")
     engine = values.engine
     names = ("kernel", "initrd", "append", "memory", "cpus")
     arguments = {name: getattr(values, name) for name in names}
     arguments["engine"] = ENGINES.get(engine, engine)
     arguments["image"] = image or ("tiny" if values.kernel is None else None)
+    if values.perf_map:
+        arguments["perf_map"] = values.symbols or True
     if values.kernel is not None and values.append is None:
         arguments["append"] = "console=ttyS0"
     return {name: value for name, value in arguments.items() if value is not None}

@@ -48,6 +48,7 @@ use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
+use crate::perf_map;
 use crate::recipe::Recipe;
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
@@ -364,6 +365,9 @@ impl Vcpu {
                 let host = self.phys.host(gpa & !0xfff).unwrap();
                 self.protect_page(page, host);
             }
+        }
+        if perf_map::is_on() {
+            perf_map::block(at, length as u64, rip, mode & mode::USER != 0);
         }
         self.counters.blocks += 1;
         self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
