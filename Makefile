@@ -53,7 +53,7 @@ fuzz: check-tools  ## Random instructions against the host processor until Ctrl-
 	cargo run --release --quiet -p bunshin-oracle --bin bunshin-compare -- \
 	    --seed $(or $(SEED),$(shell date +%s)) --seconds $(or $(TIME),1e9) $(ARGS)
 
-bench: build  ## bunshin, QEMU's translator and the host side by side; ARGS="--quick" for a short run
+bench: build  ## bunshin, QEMU's translator and the host side by side, docs/bench.svg; ARGS="--quick" for a short run
 	$(BIN)/python bench/run.py $(ARGS)
 
 clean:  ## Remove what was built; .venv stays

@@ -1,7 +1,8 @@
 """Runs one program and reads the yardstick's lines as they come.
 
 Every line is stamped with the processor time that the process had used by then,
-so that each figure can be corrected for time that the host gave to others.
+so that each figure can be corrected for time that the host gave to others. For
+commands that run natively the yardstick tells their processor time itself.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ class Figure:
     unit: str
     share: float
     """Share of one processor that the process got while it was measured."""
+    used: float | None = None
+    """Seconds of processor time that a native command used."""
 
     @property
     def rate(self) -> bool:
@@ -37,6 +40,8 @@ class Figure:
 
     def corrected(self) -> float:
         """The value with a whole processor."""
+        if self.used is not None:
+            return self.used
         share = min(max(self.share, FLOOR), 1.0)
         return self.value / share if self.rate else self.value * share
 
@@ -86,7 +91,11 @@ def run(command: list[str], limit: float, cwd: Path | None = None, framed: bool 
         elif inside and len(words) == 3 and words[2] == "sum":
             result.sums[words[0]] = words[1]
         elif inside and len(words) == 3 and words[0].endswith("_user"):
-            continue  # printed with the line before it, so the stamp says nothing
+            # Printed with the line before it, so the stamp says nothing; what a guest
+            # believes to have used is not what it got.
+            figure = result.figures.get(words[0].removesuffix("_user"))
+            if not framed and figure is not None and _number(words[1]):
+                figure.used = float(words[1])
         elif inside and len(words) == 3 and _number(words[1]):
             share = (now[1] - before[1]) / max(now[0] - before[0], 1e-9)
             result.figures[words[0]] = Figure(float(words[1]), words[2], share)

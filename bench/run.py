@@ -1,43 +1,57 @@
 """The yardstick on bunshin, on QEMU's translator and on the host, side by side.
 
-    python bench/run.py [--quick] [--only boot|cpu|sys|real] [--runs N] [--json FILE]
+    python bench/run.py [--quick] [--only SECTION] [--runs N] [--json FILE]
+
+    section  measures
+    boot     boot to power-off: processor time, wall time, memory
+    cpu      19 processor kernels
+    sys      10 figures of the system: calls, faults, processes, pipes
+    real     real programs: gzip, xz, openssl, a shell loop, python3
+    exits    an exit to a device in Python and back
+    smp      two busy processors against one
 
 The same static program runs natively and as part of one initramfs under the
 same kernel in both guests, in turn within one call (A B C A B C), so that noise
 of the machine hits all alike. Printed are medians over the rounds, corrected
 for processor time that the host gave to others, and ratios: those hold on a
-shared machine, absolute times do not.
+shared machine, absolute times do not. At the end stands what was promised.
+
+All figures go to bench/out/results.json. When the run was whole, docs/bench.svg is
+drawn from them; a quick run or one of some sections never touches that picture.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
+import platform as host
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import graph
 import payload
+import smp
+import summary
 from measure import Figure, Run, run
+from summary import GUESTS, MEANS, PLATFORMS, SECTIONS
 
 from bunshin import images
 from bunshin.errors import BunshinError
 
-INTEGER = ["int_mix", "sha256", "quicksort", "rec_str", "interp", "fib_calls", "icall", "div64"]
-SYSTEM = ["syscall", "pipe_rt", "pagefault", "mmap_unmap", "fork_wait", "fork_exec", "signal", "segv"]
-MEANS = {"integer, geometric mean": INTEGER, "system, geometric mean": SYSTEM}
-PLATFORMS = ("native", "bunshin", "qemu")
-GUESTS = ("bunshin", "qemu")
 LIMIT = 1800.0
 """Seconds after which a run is hung; a boot that does nothing else is sooner."""
 BOOT_LIMIT = 120.0
+PICTURE = payload.HERE.parent / "docs" / "bench.svg"
+RESULTS = payload.OUT / "results.json"
 
 
 @dataclass
@@ -50,25 +64,19 @@ class Setup:
     platforms: list[str]
     notes: list[str] = field(default_factory=list)
 
-    def command(self, platform: str, initrd: Path) -> list[str]:
+    def command(self, platform: str, initrd: Path, cpus: int = 1) -> list[str]:
         """The command line that boots `initrd` and ends with the guest."""
         if platform == "bunshin":
             return [
                 *(sys.executable, "-m", "bunshin.cli", "run", "--engine", "translator"),
                 *("--kernel", str(self.kernel), "--initrd", str(initrd)),
-                *("--append", payload.APPEND, "--memory", "512M"),
+                *("--append", payload.APPEND, "--memory", "512M", "--cpus", str(cpus)),
             ]
+        accel = "tcg" if cpus == 1 else "tcg,thread=multi"
         return [
-            *("qemu-system-x86_64", "-M", "pc", "-accel", "tcg", "-cpu", "max", "-m", "512"),
-            *(
-                "-nodefaults",
-                "-no-user-config",
-                "-display",
-                "none",
-                "-serial",
-                "stdio",
-                "-no-reboot",
-            ),
+            *("qemu-system-x86_64", "-M", "pc", "-accel", accel, "-cpu", "max", "-m", "512"),
+            *("-smp", str(cpus), "-nodefaults", "-no-user-config", "-display", "none"),
+            *("-serial", "stdio", "-no-reboot"),
             *("-kernel", str(self.kernel), "-initrd", str(initrd), "-append", payload.APPEND),
         ]
 
@@ -77,38 +85,61 @@ def main() -> int:
     """Run the sections that were asked for."""
     options = parse()
     payload.OUT.mkdir(exist_ok=True)
+    # What an earlier run left is not this run's, should this one stop half-way.
+    RESULTS.unlink(missing_ok=True)
     try:
         setup = prepare(options)
-        results: dict[str, object] = {}
+        sections: summary.Results = {}
+        results = {**about(setup, options), "sections": sections}
         for note in setup.notes:
             print(note)
-        for section in options.only or ["boot", "cpu", "sys", "real"]:
+        for section in options.only or SECTIONS:
             print(f"\n== {section} ==", flush=True)
-            if section == "boot":
-                results[section] = boot(setup, options)
+            measure = {"boot": boot, "exits": exits, "smp": two_processors}.get(section)
+            if measure is not None:
+                sections[section] = measure(setup, options)
             else:
-                results[section] = compare(setup, section, options)
+                sections[section] = compare(setup, section, options)
     except (payload.Unavailable, BunshinError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    for path in (RESULTS, *([Path(options.json)] if options.json else [])):
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    conclude(results)
     return 0
+
+
+def conclude(results: summary.Results) -> None:
+    """Print what was promised, and draw the picture if the run was whole."""
+    print("\n== what was promised ==")
+    rows = [["", "bunshin", "qemu", "promise", ""]]
+    for row in summary.promises(results):
+        sign = "at least" if row.at_least else "at most"
+        shown = ["-" if value is None else f"{value:.3g}" for value in (row.value, row.qemu)]
+        verdict = {True: "kept", False: "MISSED", None: "not measured"}[row.met]
+        rows.append([row.name, *shown, f"{sign} {row.limit:g} {row.unit}".strip(), verdict])
+    table(rows)
+    lacks = summary.missing(results)
+    if lacks:
+        more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
+        print(f"{PICTURE.name} is not drawn, since this is not a whole run: {', '.join(lacks[:3])}{more}.")
+        return
+    PICTURE.write_text(graph.draw(results))
+    print(f"drew {PICTURE}")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    sections = ("boot", "cpu", "sys", "real")
-    parser.add_argument("--only", choices=sections, action="append", help="one section, may be repeated")
+    parser.add_argument("--only", choices=SECTIONS, action="append", help="one section, may be repeated")
     parser.add_argument("--quick", action="store_true", help="one round, two boots, shorter repetitions")
     parser.add_argument("--runs", type=int, help="rounds of each section (default 3)")
     parser.add_argument("--pairs", type=int, help="boots of each guest (default 5)")
     parser.add_argument("--without", choices=PLATFORMS, action="append", default=[], help="leave one out")
     parser.add_argument("--kernel", type=Path, help="a bzImage; default: that of the image 'tiny'")
     parser.add_argument("--initrd", type=Path, help="a busybox initramfs; default: that of 'tiny'")
-    parser.add_argument("--json", metavar="FILE", help="also write all figures")
+    parser.add_argument("--json", metavar="FILE", help="also write all figures here")
     options = parser.parse_args()
     options.runs = options.runs or (1 if options.quick else 3)
     options.pairs = options.pairs or (2 if options.quick else 5)
@@ -125,7 +156,37 @@ def prepare(options: argparse.Namespace) -> Setup:
     if "qemu" in platforms and shutil.which("qemu-system-x86_64") is None:
         platforms.remove("qemu")
         setup.notes.append("QEMU is not installed (apt-get install qemu-system-x86): no column for it.")
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        setup.notes.append(f"The machine is busy (load {load:.1f}): ratios may suffer, times will.")
     return setup
+
+
+def about(setup: Setup, options: argparse.Namespace) -> summary.Results:
+    """When, where and with what this run was made."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=payload.HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    model = host.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "version": summary.VERSION,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": described.stdout.strip(),
+        "host": model,
+        "cpus": len(os.sched_getaffinity(0)),
+        "kernel": setup.kernel.name,
+        "quick": options.quick,
+        "rounds": options.runs,
+        "busy": round(os.getloadavg()[0], 2),
+    }
 
 
 # Boot to power-off ---------------------------------------------------------------
@@ -157,9 +218,9 @@ def boot(setup: Setup, options: argparse.Namespace) -> dict[str, object]:
     return summary
 
 
-def start(setup: Setup, guest: str, initrd: Path, limit: float = LIMIT) -> Run:
+def start(setup: Setup, guest: str, initrd: Path, limit: float = LIMIT, cpus: int = 1) -> Run:
     """One guest from start to power-off."""
-    result = run(setup.command(guest, initrd), limit)
+    result = run(setup.command(guest, initrd, cpus), limit)
     if result.status != 0 or not result.complete:
         tail = "\n".join(result.text.splitlines()[-15:])
         raise payload.Unavailable(f"the {guest} guest did not finish (status {result.status}):\n{tail}")
@@ -169,10 +230,14 @@ def start(setup: Setup, guest: str, initrd: Path, limit: float = LIMIT) -> Run:
 # Figures -------------------------------------------------------------------------
 
 
-def compare(setup: Setup, section: str, options: argparse.Namespace) -> dict[str, object]:
+def compare(
+    setup: Setup, section: str, options: argparse.Namespace
+) -> dict[str, dict[str, dict[str, object]]]:
     """One section of the yardstick on every platform, `options.runs` times in turn."""
     if section == "real":
         script = payload.REAL_SCRIPT.replace("$PYTHON", payload.REAL_PROGRAMS[-1])
+        script = script.replace("$PRIME", payload.MERSENNE_PRIME)
+        script = script.replace("$MB", "4" if options.quick else "16")
     else:
         # `exec`: the processor time that is read must be the benchmark's own.
         script = f"exec bench -t {0.1 if options.quick else 0.2} -r 3 {section}"
@@ -189,20 +254,17 @@ def compare(setup: Setup, section: str, options: argparse.Namespace) -> dict[str
     progress("")
     # Natively the system section also waits, which is no sign of a busy host.
     values = {
-        platform: medians(runs, correct=platform != "native" or section == "cpu")
+        platform: medians(runs, correct=platform != "native" or section != "sys")
         for platform, runs in rounds.items()
     }
-    report(values)
+    report(section, values)
     for platform, runs in rounds.items():
         if platform == "native" and section == "real":
             continue  # a script with children, whose time is not read
         shares = [figure.share for r in runs for figure in r.figures.values()]
         print(f"{platform} had {statistics.median(shares):.0%} of a processor (median)")
     check_sums({platform: runs[0].sums for platform, runs in rounds.items()})
-    return {
-        platform: {name: {"value": value, "unit": unit} for name, (value, unit, _) in figures.items()}
-        for platform, figures in values.items()
-    }
+    return as_json(values)
 
 
 def native(script: str) -> Run:
@@ -213,6 +275,62 @@ def native(script: str) -> Run:
         result = run(["sh", "-c", prefix + script], LIMIT, cwd=Path(folder), framed=False)
     if result.status != 0:
         raise payload.Unavailable(f"the benchmark failed on the host:\n{result.text}")
+    return result
+
+
+# Exits and processors ------------------------------------------------------------
+
+
+def exits(setup: Setup, options: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of an exit to a device in Python and back, by kind."""
+    count = 30_000 if options.quick else 200_000
+    found: list[dict[str, float]] = []
+    for number in range(options.runs):
+        progress(f"exits: round {number + 1} of {options.runs}")
+        script = [sys.executable, str(payload.HERE / "exits.py"), "--json"]
+        script += ["--rounds", "3", "--count", str(count)]
+        done = subprocess.run(script, capture_output=True, text=True, timeout=LIMIT, check=False)
+        if done.returncode:
+            raise payload.Unavailable(f"exits could not be measured:\n{done.stderr}")
+        found.append(json.loads(done.stdout))
+    progress("")
+    result = {name: round(statistics.median(one[name] for one in found), 3) for name in found[0]}
+    print("exit to a Python device and back, processor time")
+    table([["", "us"], *([name, f"{value:.2f}"] for name, value in result.items())])
+    return result
+
+
+def two_processors(setup: Setup, options: argparse.Namespace) -> dict[str, object]:
+    """Work of two busy processors against one, by platform."""
+    prepared = native(f"exec bench -t 0.2 -r 1 {smp.KERNEL}")
+    script = smp.script(smp.iterations(prepared, 0.2 if options.quick else 1.0))
+    initrd = payload.initramfs("smp", f"export BENCH_SELF=/bin/bench\n{script}", setup.base)
+    found: dict[str, list[list[float]]] = {platform: [] for platform in setup.platforms}
+    refused: dict[str, str] = {}
+    for number in range(options.runs):
+        for platform in setup.platforms:
+            if platform in refused:
+                continue
+            progress(f"smp: round {number + 1} of {options.runs}, {platform}")
+            try:
+                if platform == "native":
+                    done = native(script)
+                else:
+                    done = start(setup, platform, initrd, cpus=2)
+                found[platform].append(smp.speedups(done))
+            except payload.Unavailable as error:
+                refused[platform] = str(error).splitlines()[-1]
+    progress("")
+    result: dict[str, object] = {}
+    rows = [["", "two against one"]]
+    for platform, runs in found.items():
+        if platform in refused:
+            result[platform] = {"unavailable": refused[platform]}
+            rows.append([platform, f"not available: {refused[platform]}"])
+        else:
+            result[platform] = round(smp.median(runs), 3)
+            rows.append([platform, f"{smp.median(runs):.2f}"])
+    table(rows)
     return result
 
 
@@ -229,42 +347,46 @@ def medians(runs: list[Run], correct: bool) -> Values:
     return result
 
 
-def report(values: dict[str, Values]) -> None:
+def report(section: str, values: dict[str, Values]) -> None:
     """Print figures and how many times slower than native each guest is."""
     platforms = list(values)
     base = "native" if "native" in values else None
-    slower: dict[str, dict[str, float]] = {platform: {} for platform in platforms}
+    results: summary.Results = {"sections": {section: as_json(values)}}
     head = ["", "unit"]
     for platform in platforms:
         head += [platform] if platform == base or base is None else [platform, "x native"]
     rows = [head]
-    for name, (_, unit, rate) in values[platforms[0]].items():
+    for name, (_, unit, _) in values[platforms[0]].items():
         row = [name, unit]
         for platform in platforms:
             found = values[platform].get(name)
             row.append("-" if found is None else f"{found[0]:.4g}")
-            if base is None or platform == base:
-                continue
-            reference = values[base][name][0]
-            if found is None or not found[0] or not reference:
-                row.append("-")
-                continue
-            ratio = reference / found[0] if rate else found[0] / reference
-            slower[platform][name] = ratio
-            row.append(f"{ratio:.2f}")
+            if base is not None and platform != base:
+                row.append(times(summary.slower(results, section, platform, name)))
         rows.append(row)
-    for title, names in MEANS.items():
-        if base is None or not all(name in values[base] for name in names):
+    for title, (where, names) in MEANS.items():
+        if base is None or where != section:
             continue
         row = [title, ""]
         for platform in platforms:
             row.append("")
             if platform != base:
-                have = [slower[platform][name] for name in names if name in slower[platform]]
-                complete = len(have) == len(names)
-                row.append(f"{math.exp(sum(map(math.log, have)) / len(have)):.2f}" if complete else "-")
+                row.append(times(summary.mean(results, section, platform, names)))
         rows.append(row)
     table(rows)
+
+
+def times(ratio: float | None) -> str:
+    """A ratio as it is printed."""
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def as_json(values: dict[str, Values]) -> dict[str, dict[str, dict[str, object]]]:
+    """Figures by platform and name, without what follows from their unit."""
+    return {
+        platform: {name: {"value": value, "unit": unit} for name, (value, unit, _) in figures.items()}
+        for platform, figures in values.items()
+    }
 
 
 def check_sums(sums: dict[str, dict[str, str]]) -> None:
