@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Condition
 from typing import Any, overload
 
-from .errors import Timeout
+from .errors import ConfigError, Timeout
 
 KEPT = 4 << 20
 """Unread bytes kept; older ones are dropped."""
@@ -21,12 +21,13 @@ class Console:
 
     def __init__(
         self,
-        push: Callable[[bytes], None],
+        push: Callable[[bytes], object],
         waiting: Callable[[], int] = lambda: 0,
         copy: Any = None,
     ) -> None:
         """`push` types into the guest, `waiting` tells how much it has not taken yet.
 
+        `push` answers False when it has no room for that.
         `copy` gets all output too: a callable that takes bytes, or a binary file.
         """
         self._push = push
@@ -39,8 +40,20 @@ class Console:
         self._condition = Condition()
 
     def write(self, text: str | bytes) -> None:
-        """Type `text` (str as UTF-8); the guest takes it as fast as it can."""
-        self._push(text.encode() if isinstance(text, str) else bytes(text))
+        """Type `text` (str as UTF-8); the guest takes it as fast as it can.
+
+        Returns at once: what the guest has not taken yet waits, `pending` tells how much.
+
+        Raises:
+            ConfigError: more than 1 MiB would wait then; nothing of `text` was typed.
+        """
+        data = text.encode() if isinstance(text, str) else bytes(text)
+        if self._push(data) is False:
+            raise ConfigError(
+                "console-full",
+                f"console: no room for {len(data)} more bytes, since {self.pending} wait for the guest; "
+                "write in pieces and let `pending` go down in between",
+            )
 
     @property
     def pending(self) -> int:

@@ -565,8 +565,8 @@ class Machine:
         with _NativeErrors(self._native):
             self._native.perf_map(PERF_MAP.format(os.getpid()), names)
 
-    def _type(self, data: bytes) -> None:
-        self.board.com1.push(data)
+    def _type(self, data: bytes) -> bool:
+        return self.board.com1.push(data)
 
 
 class _NativeErrors:

@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from bunshin.console import Console
-from bunshin.errors import Timeout
+from bunshin.errors import ConfigError, Timeout
 
 
 def console() -> tuple[Console, list[bytes]]:
@@ -20,6 +20,22 @@ def test_write() -> None:
     far.write("h\u00e9\n")
     far.write(b"\x03")
     assert typed == [b"h\xc3\xa9\n", b"\x03"]
+
+
+def test_write_has_a_limit() -> None:
+    taken: list[bytes] = []
+
+    def push(data: bytes) -> bool:
+        if len(data) > 3:
+            return False
+        taken.append(data)
+        return True
+
+    far = Console(push, lambda: 7)
+    far.write("abc")
+    with pytest.raises(ConfigError, match="no room for 4 more bytes, since 7 wait"):
+        far.write("abcd")
+    assert taken == [b"abc"]
 
 
 def test_read_takes_what_is_there() -> None:

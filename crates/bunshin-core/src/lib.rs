@@ -8,6 +8,7 @@ pub mod clock;
 pub mod engine;
 pub mod error;
 pub mod memory;
+pub mod panics;
 pub mod state;
 
 pub use engine::{Engine, Exit, Kicker, Reply, Vcpu};

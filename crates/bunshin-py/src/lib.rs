@@ -64,6 +64,7 @@ fn perf_map(py: Python<'_>, path: PathBuf, symbols: Vec<(u64, String)>) -> PyRes
 /// The engine boundary as Python sees it.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    bunshin_core::panics::install();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add("EngineError", module.py().get_type::<EngineError>())?;
     module.add_class::<region::Region>()?;

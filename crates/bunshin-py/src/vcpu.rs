@@ -8,13 +8,11 @@
 use crate::dispatch::Dispatch;
 use crate::{raise, refuse};
 use bunshin_core::clock::{rdtsc, tsc_hz};
-use bunshin_core::{CpuState, Exit, Kicker, Reply};
+use bunshin_core::{panics, CpuState, Exit, Kicker, Reply};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyInt, PyTuple};
-use std::any::Any;
-use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 use std::thread::ThreadId;
@@ -121,22 +119,12 @@ impl Processor {
             return Err(why.clone());
         }
         let vcpu = &mut *self.vcpu;
-        catch_unwind(AssertUnwindSafe(|| f(vcpu))).map_err(|panic| {
-            let why = format!("the engine panicked: {}", sentence(&*panic));
+        panics::catch(|| f(vcpu)).map_err(|said| {
+            let why = format!("the engine panicked: {said}");
             self.wants = Wants::Nothing;
             self.broken = Some(why.clone());
             why
         })
-    }
-}
-
-fn sentence(panic: &(dyn Any + Send)) -> &str {
-    if let Some(text) = panic.downcast_ref::<&str>() {
-        text
-    } else if let Some(text) = panic.downcast_ref::<String>() {
-        text
-    } else {
-        "no reason given"
     }
 }
 

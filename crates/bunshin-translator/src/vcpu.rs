@@ -11,7 +11,7 @@ use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
-use bunshin_core::{clock, Exit, Reply, Result};
+use bunshin_core::{clock, panics, Exit, Reply, Result};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
@@ -897,8 +897,8 @@ impl Drop for Vcpu {
 fn guarded(v: &mut Vcpu, otherwise: u64, f: impl FnOnce(&mut Vcpu) -> u64) -> u64 {
     match catch_unwind(AssertUnwindSafe(|| f(v))) {
         Ok(code) => code,
-        Err(_) => {
-            v.fail("the translator failed an assertion of its own".into());
+        Err(panic) => {
+            v.fail(format!("the translator failed an assertion of its own: {}", panics::last(&*panic)));
             v.cpu_mut().exit = exit::EVENT;
             v.cpu().pending.store(1, Ordering::Release);
             otherwise

@@ -45,6 +45,8 @@ MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 16
 LSR_DR, LSR_OE, LSR_THRE, LSR_TEMT = 0x01, 0x02, 0x20, 0x40
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 FIFO = 16
+BACKLOG = 1 << 20
+"""Bytes that wait on the host until the guest takes them, at most."""
 _TRIGGER = (1, 4, 8, 14)
 
 
@@ -84,12 +86,19 @@ class Serial(Device):
         self._sink = sink
         self._backlog = bytearray()
 
-    def push(self, data: bytes) -> None:
-        """Let the far end send `data`; any thread."""
+    def push(self, data: bytes) -> bool:
+        """Let the far end send `data`; any thread.
+
+        Returns:
+            False when more than `BACKLOG` bytes would wait then: nothing was taken.
+        """
         with self.lock:
+            if len(self._backlog) + len(data) > BACKLOG:
+                return False
             self._backlog += data
             self._fill()
             self._update()
+            return True
 
     @property
     def waiting(self) -> int:

@@ -225,3 +225,15 @@ def test_reset(port: Port) -> None:
     port.reset()
     assert port.levels == [True, False]
     assert port.inp(IER) == 0
+
+
+def test_what_waits_for_the_guest_has_a_limit() -> None:
+    port = Serial()
+    assert port.push(bytes(1 << 20))
+    assert not port.push(b"x")
+    assert port.waiting == 1 << 20
+    assert port.push(b"")
+    port.write(4, 1, 2)  # RTS: the receiver takes one byte
+    assert port.waiting == (1 << 20) - 1
+    assert port.push(b"x")
+    assert not port.push(b"x")
