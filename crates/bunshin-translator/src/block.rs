@@ -326,6 +326,7 @@ impl Vcpu {
         self.blocks = Blocks::default();
         self.helpers.clear();
         self.snippets.clear();
+        self.slow_sites.clear();
         self.cache.flush();
         let miss = self.stubs.lookup;
         for r in &mut self.regions.all {

@@ -142,6 +142,8 @@ pub struct Cpu {
     pub away: [u64; 16],
     /// r8 to r10 at a fault.
     pub scratch: [u64; 3],
+    /// The vector state was last loaded without XRSTOR.
+    pub by_hand: u32,
     /// The Vcpu that owns this page.
     pub vcpu: u64,
     pub fn_fill: u64,
@@ -204,8 +206,9 @@ pub mod at {
     offsets! {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
         IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
-        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill; SCRATCH = scratch; AWAY = away;
-        TMP = tmp; TMP2 = tmp2; REFILLS = refills; VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
+        HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill;
+        SCRATCH = scratch; AWAY = away; TMP = tmp; BY_HAND = by_hand; TMP2 = tmp2; REFILLS = refills;
+        VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
         MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;

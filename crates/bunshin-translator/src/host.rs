@@ -69,6 +69,15 @@ pub fn has_xsaveopt() -> bool {
     __cpuid_count(0xd, 1).eax & 1 != 0
 }
 
+/// XGETBV with ecx = 1 tells which state components are in use.
+pub fn has_xgetbv_in_use() -> bool {
+    __cpuid_count(0xd, 1).eax & 4 != 0
+}
+
+pub fn has_avx512bw() -> bool {
+    __cpuid_count(7, 0).ebx & (1 << 30) != 0
+}
+
 /// FSGSBASE as enabled for user mode by the host's kernel (AT_HWCAP2 bit 1).
 fn fsgsbase() -> bool {
     // SAFETY: reads the auxiliary vector.

@@ -27,6 +27,7 @@ mod state;
 mod stubs;
 mod translate;
 mod vcpu;
+mod vector;
 
 pub use engine::TranslatorEngine;
 pub use vcpu::Effort;

@@ -39,6 +39,18 @@ pub struct Left {
     drops: (u64, u64),
 }
 
+/// A place in translated code whose access the table could not serve. Good as long as
+/// its block lives.
+#[derive(Clone)]
+pub struct SlowSite {
+    block: u32,
+    insn: Instruction,
+    behind: Behind,
+}
+
+/// Most places that are remembered.
+const SITES: usize = 1024;
+
 impl Vcpu {
     /// Changes with every translation that is dropped.
     fn drops(&self) -> (u64, u64) {
@@ -107,23 +119,40 @@ impl Vcpu {
     /// its bytes and their address, so no page walk is needed.
     pub fn slow_exit(&mut self) -> Way {
         let pc = self.cpu().host_pc;
+        let known = self.slow_sites.get(&pc).filter(|s| !self.blocks.all[s.block as usize].dead).cloned();
+        let site = match known {
+            Some(site) => site,
+            None => match self.slow_site(pc) {
+                Ok(site) => site,
+                Err(way) => return way,
+            },
+        };
+        self.cpu_mut().rip = site.insn.ip();
+        if self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0 {
+            return LOOK;
+        }
+        self.counters.slow_steps += 1;
+        self.outside(&site.insn, Helper { run: crate::slow::any, outside: true }, site.behind)
+    }
+
+    /// Find out about a new place.
+    fn slow_site(&mut self, pc: u64) -> Result<SlowSite, Way> {
         // A return address lies behind its call.
         let Some((b, p)) = self.blocks.locate(pc - 1) else {
             self.fail(format!("host address {pc:#x} is in no translation"));
-            return LOOK;
+            return Err(LOOK);
         };
         let mut key = b.key;
+        // What has been dropped already may have other bytes now.
+        let block = self.blocks.index.get(&b.key).copied().filter(|_| !b.dead);
         key.va = key.va.wrapping_add(u64::from(p.guest));
         key.gpa += u64::from(p.guest);
         let whole = b.second.is_none();
         self.cpu_mut().rip = key.va;
-        if self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0 {
-            return LOOK;
-        }
         let Some(insn) = whole.then(|| self.decode_at(key.gpa, key.va)).flatten() else {
-            return ControlFlow::Break(self.step());
+            let stopped = self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0;
+            return Err(if stopped { LOOK } else { ControlFlow::Break(self.step()) });
         };
-        self.counters.slow_steps += 1;
         let length = insn.len() as u64;
         let behind = if (key.gpa & 0xfff) + length < 4096 {
             key.va = insn.next_ip();
@@ -133,7 +162,14 @@ impl Vcpu {
         } else {
             Behind::Unknown
         };
-        self.outside(&insn, Helper { run: crate::slow::any, outside: true }, behind)
+        let site = SlowSite { block: block.unwrap_or(0), insn, behind };
+        if block.is_some() {
+            if self.slow_sites.len() >= SITES {
+                self.slow_sites.clear();
+            }
+            self.slow_sites.insert(pc, site.clone());
+        }
+        Ok(site)
     }
 
     /// Decode the instruction at `gpa`, unless it may run into the next page.

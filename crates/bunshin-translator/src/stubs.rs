@@ -10,6 +10,7 @@ use crate::cache::CodeCache;
 use crate::cpu::{at, exit, CPU_BYTES, HOST, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::insn::Mem;
 use crate::perf_map;
+use crate::vector::{self, Means};
 
 /// Host addresses of the stubs.
 #[derive(Default, Clone, Copy)]
@@ -89,28 +90,8 @@ fn wrgsbase(a: &mut Asm, reg: u8) {
     a.b(&[0xf3, 0x48 | (reg >> 3), 0x0f, 0xae, 0xd8 | (reg & 7)]);
 }
 
-/// `op gs:[XSAVE]` with the mask of `xcr0_mask` in edx:eax; op is the /r of 0F AE.
-fn xsave_op(a: &mut Asm, mask: u64, slash: u8) {
-    a.mov_imm(RAX, mask & 0xffff_ffff);
-    a.mov_imm(2, mask >> 32);
-    a.b(&[0x65, 0x48, 0x0f, 0xae, (slash << 3) | 4, 0x25]);
-    a.d(at::XSAVE);
-}
-
-fn leave(a: &mut Asm, mask: u64, optimised: bool) {
-    xsave_op(a, mask, if optimised { 6 } else { 4 });
-    // The C side expects the ABI's control words. FNINIT is slow, and an x87 state
-    // that is not in use has them already: test byte gs:[XSTATE_BV], 1
-    a.b(&[0x65, 0xf6, 0x04, 0x25]);
-    a.d(at::XSAVE + 512);
-    a.b(&[1]);
-    let initial = a.jcc_short(4);
-    a.b(&[0xdb, 0xe3]); // fninit
-    a.land(initial);
-    a.b(&[0x68]); // push 0x1f80; ldmxcsr [rsp]
-    a.d(0x1f80);
-    a.b(&[0x0f, 0xae, 0x14, 0x24]);
-    a.b(&[0xc5, 0xf8, 0x77]); // vzeroupper
+fn leave(a: &mut Asm, means: Means) {
+    a.b(&vector::save(means));
     a.load(4, at::HOST_RSP);
     a.b(&[0x48, 0x83, 0xc4, 8]);
     for r in [15, 14, 13, 12, 5, 3] {
@@ -192,8 +173,8 @@ impl Stubs {
         }
     }
 
-    /// Write all stubs. `mask` names the XSAVE components that belong to the guest.
-    pub fn write(cache: &mut CodeCache, mask: u64, xsaveopt: bool) -> Self {
+    /// Write all stubs.
+    pub fn write(cache: &mut CodeCache, means: Means) -> Self {
         let mut s = Self::default();
         let mut put = |f: &mut dyn FnMut(&mut Asm)| {
             let mut a = Asm::default();
@@ -204,7 +185,7 @@ impl Stubs {
             a.finish(at, out);
             at
         };
-        let leave_at = put(&mut |a| leave(a, mask, xsaveopt));
+        let leave_at = put(&mut |a| leave(a, means));
         let exit_with = |a: &mut Asm, code: u32| {
             a.store32_imm(at::EXIT, code);
             a.jmp_abs(leave_at);
@@ -220,7 +201,7 @@ impl Stubs {
             a.d(at::REGION_BASE);
             wrgsbase(a, RAX);
             a.store(at::HOST_RSP, 4);
-            xsave_op(a, mask, 5);
+            a.b(&vector::load(means));
             a.cmp32_imm8(at::PENDING, 0);
             let quiet = a.jcc_short(4);
             exit_with(a, exit::EVENT);

@@ -6,7 +6,7 @@ use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
-use crate::resume::{Behind, Left};
+use crate::resume::{Behind, Left, SlowSite};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
@@ -138,6 +138,8 @@ pub struct Vcpu {
     pub helpers: Vec<HelperEntry>,
     /// Single instructions with their operand in the bounce buffer, by bytes.
     pub snippets: NumberMap<u128, u64>,
+    /// Places that left with a single access, by host address.
+    pub slow_sites: NumberMap<u64, SlowSite>,
     /// Kept from one translation to the next for their memory.
     pub asm: Asm,
     pub window: Vec<u8>,
@@ -216,7 +218,7 @@ impl Vcpu {
         // Built at first use, with functions that helpers may not call.
         let _ = iced_x86::Code::INVALID.op_code();
         let mut cache = CodeCache::new(CACHE)?;
-        let stubs = Stubs::write(&mut cache, crate::host::xsave_mask(), crate::host::has_xsaveopt());
+        let stubs = Stubs::write(&mut cache, crate::vector::Means::of_host());
         if perf_map::is_on() {
             stubs.tell(cache.range().0, cache.next());
         }
@@ -249,6 +251,7 @@ impl Vcpu {
             blocks: Blocks::default(),
             helpers: Vec::new(),
             snippets: NumberMap::default(),
+            slow_sites: NumberMap::default(),
             asm: Asm::default(),
             window: Vec::new(),
             factory: None,
