@@ -6,6 +6,7 @@ use bunshin_core::chips::Chips;
 use bunshin_core::{
     clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu,
 };
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Most guest memory, bytes.
@@ -29,6 +30,7 @@ pub struct TranslatorEngine {
     taken: Mutex<Vec<bool>>,
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
     effort: Effort,
+    exact_flags: AtomicBool,
 }
 
 impl TranslatorEngine {
@@ -73,9 +75,17 @@ impl TranslatorEngine {
                 taken: Mutex::new(vec![false; cpus as usize]),
                 doorbells: Arc::default(),
                 effort,
+                exact_flags: AtomicBool::new(false),
             }
         });
         Ok(engine)
+    }
+
+    /// Let every processor taken from now on keep the arithmetic flags after
+    /// each instruction, whether anybody reads them or not. Slower; for those
+    /// who compare this engine with others.
+    pub fn keep_flags(&self) {
+        self.exact_flags.store(true, Ordering::Relaxed);
     }
 }
 
@@ -103,6 +113,7 @@ impl Engine for TranslatorEngine {
         )?;
         v.doorbells = self.doorbells.clone();
         v.effort = self.effort;
+        v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
         let _ = self.cpus[index as usize].set(shared.unwrap());
         Ok(Box::new(Handle(v)))
     }

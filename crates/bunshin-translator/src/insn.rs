@@ -4,7 +4,8 @@
 //! iced-x86 decodes and tells what an instruction reads and writes; this file
 //! only moves its encoding. Encodings: SDM volume 2, chapter 2.
 use iced_x86::{
-    Code, Decoder, DecoderOptions, Instruction, MandatoryPrefix, OpAccess, OpCodeOperandKind as K, Register,
+    Code, Decoder, DecoderOptions, Instruction, MandatoryPrefix, OpAccess, OpCodeOperandKind as K, OpKind,
+    Register,
 };
 use std::cell::RefCell;
 
@@ -33,6 +34,8 @@ pub struct Parts {
     modrm: Option<u8>,
     imm_at: u8,
     length: u8,
+    /// The immediate names a vector register whose top bit 32-bit code ignores.
+    short_register: bool,
 }
 
 fn has_modrm_1(op: u8) -> bool {
@@ -64,6 +67,7 @@ impl Parts {
             modrm: None,
             imm_at: 0,
             length: bytes.len() as u8,
+            short_register: false,
         };
         let mut i = 0;
         let mut addr16 = bits == 16;
@@ -147,10 +151,8 @@ impl Parts {
         }
         if bits != 64 && p.form != Form::Legacy {
             // Outside long mode the register extension bits are not extensions.
-            p.payload[0] |= 0xe0;
-            if p.form == Form::Vex {
-                p.payload[1] |= 0x40;
-            }
+            p.payload[0] |= if p.form == Form::Evex { 0xf0 } else { 0xe0 };
+            p.payload[1] |= 0x40;
         }
         let modrm = match p.form {
             Form::Legacy => match p.opcode_len {
@@ -195,6 +197,15 @@ impl Parts {
     /// the operand-size prefix means the opposite.
     pub fn of(i: &Instruction, bytes: &[u8], bits: u32) -> Option<Self> {
         let mut p = Self::new(bytes, bits)?;
+        if bits != 64 && p.form != Form::Legacy {
+            let op = i.code().op_code();
+            if op.is_wig32() {
+                // W, which would make general registers 64 bits wide.
+                p.payload[1] &= 0x7f;
+            }
+            p.short_register =
+                op.op_kinds().iter().any(|k| matches!(k, K::xmm_is4 | K::ymm_is4 | K::xmm_is5 | K::ymm_is5));
+        }
         if bits == 16 && p.form == Form::Legacy {
             let op = i.code().op_code();
             let n = p.prefix_count as usize;
@@ -349,6 +360,11 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
         }
     }
     out.extend_from_slice(p.imm(bytes));
+    if p.short_register {
+        if let Some(last) = out.last_mut() {
+            *last &= 0x7f;
+        }
+    }
 }
 
 /// What is the same for every instruction of one `Code`.
@@ -441,7 +457,31 @@ pub fn decoder(bytes: &[u8], bits: u32, va: u64) -> Decoder<'_> {
 
 /// Decode one instruction at `va`.
 pub fn decode(bytes: &[u8], bits: u32, va: u64) -> Instruction {
-    decoder(bytes, bits, va).decode()
+    exchange(decoder(bytes, bits, va).decode(), bytes)
+}
+
+/// F3 90 with REX.B exchanges r8 with rax, while iced-x86 sees a PAUSE. `bytes`
+/// start with the instruction.
+pub fn exchange(mut i: Instruction, bytes: &[u8]) -> Instruction {
+    if i.code() != Code::Pause || i.len() < 3 {
+        return i;
+    }
+    let rex = bytes[i.len() - 2];
+    if rex & 0xf1 == 0x41 {
+        let narrow = bytes[..i.len()].contains(&0x66);
+        let (code, r8, rax) = match (rex & 8 != 0, narrow) {
+            (true, _) => (Code::Xchg_r64_RAX, Register::R8, Register::RAX),
+            (_, true) => (Code::Xchg_r16_AX, Register::R8W, Register::AX),
+            _ => (Code::Xchg_r32_EAX, Register::R8D, Register::EAX),
+        };
+        i.set_code(code);
+        i.set_has_rep_prefix(false);
+        i.set_op0_kind(OpKind::Register);
+        i.set_op1_kind(OpKind::Register);
+        i.set_op0_register(r8);
+        i.set_op1_register(rax);
+    }
+    i
 }
 
 #[cfg(test)]

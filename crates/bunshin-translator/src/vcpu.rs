@@ -174,6 +174,8 @@ pub struct Vcpu {
     /// CLOCK_MONOTONIC at which the guest's system time is zero.
     pub boot_ns: u64,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
+    /// Translate as if every arithmetic flag were read.
+    pub exact_flags: bool,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -275,6 +277,7 @@ impl Vcpu {
             saved: u64::MAX,
             boot_ns: clock::now_ns(),
             doorbells: Arc::default(),
+            exact_flags: false,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,

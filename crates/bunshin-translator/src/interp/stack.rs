@@ -255,45 +255,49 @@ fn szp(x: u8) -> u32 {
     u32::from(x & 0x80) | if x == 0 { ZF } else { 0 } | if x.count_ones() % 2 == 0 { PF } else { 0 }
 }
 
-/// BCD adjustments; flags declared undefined are left as they fall.
+/// Flags of the sum or difference of two bytes.
+fn byte_flags(x: u8, y: u8, add: bool) -> u32 {
+    let z = if add { x.wrapping_add(y) } else { x.wrapping_sub(y) };
+    let carry = if add { z < x } else { x < y };
+    let overflow = if add { !(x ^ y) & (x ^ z) } else { (x ^ y) & (x ^ z) };
+    szp(z)
+        | if carry { CF } else { 0 }
+        | if (x ^ y ^ z) & 0x10 != 0 { AF } else { 0 }
+        | if overflow & 0x80 != 0 { OF } else { 0 }
+}
+
+/// BCD adjustments. The flags that the manuals declare undefined are what
+/// AMD's Zen 4 computes: AAA and AAS add and subtract all of 0106h, AAD adds.
 pub fn decimal(v: &mut Vcpu, i: &Instruction) -> Done {
     let f = v.cpu().arith();
     let ax = v.cpu().gpr[0] as u16;
     let (al, ah) = (ax as u8, (ax >> 8) as u8);
     let adjust = al & 15 > 9 || f & AF != 0;
+    let adjusted = if adjust { AF | CF } else { 0 };
     let (new, flags) = match i.mnemonic() {
         M::Aaa | M::Aas => {
-            let (mut x, mut h) = (al, ah);
-            let mut fl = 0;
-            if adjust {
-                if i.mnemonic() == M::Aaa {
-                    let w = ax.wrapping_add(0x106);
-                    (x, h) = (w as u8, (w >> 8) as u8);
-                } else {
-                    let w = ax.wrapping_sub(6);
-                    (x, h) = (w as u8, ((w >> 8) as u8).wrapping_sub(1));
-                }
-                fl = AF | CF;
-            }
-            x &= 15;
-            (u16::from(h) << 8 | u16::from(x), fl | szp(x))
+            let add = i.mnemonic() == M::Aaa;
+            let by = if adjust { 0x106 } else { 0 };
+            let (w, overflow) = if add {
+                (ax.wrapping_add(by), !(ax ^ by) & (ax ^ ax.wrapping_add(by)))
+            } else {
+                (ax.wrapping_sub(by), (ax ^ by) & (ax ^ ax.wrapping_sub(by)))
+            };
+            let fl = szp(w as u8) & PF
+                | u32::from(w >> 8) & SF
+                | if w == 0 { ZF } else { 0 }
+                | if overflow & 0x8000 != 0 { OF } else { 0 };
+            (w & 0xff0f, adjusted | fl)
         }
         M::Daa | M::Das => {
             let add = i.mnemonic() == M::Daa;
             let carry = al > 0x99 || f & CF != 0;
-            let mut x = al;
-            let mut fl = 0;
-            let op = |x: u8, n: u8| if add { x.wrapping_add(n) } else { x.wrapping_sub(n) };
-            if adjust {
-                let borrow = if add { x > 0xf9 } else { x < 6 };
-                x = op(x, 6);
-                fl |= AF | if borrow { CF } else { 0 };
-            }
-            if carry {
-                x = op(x, 0x60);
-                fl |= CF;
-            }
-            (u16::from(ah) << 8 | u16::from(x), fl | szp(x))
+            let by = if adjust { 6 } else { 0 } + if carry { 0x60 } else { 0 };
+            let x = if add { al.wrapping_add(by) } else { al.wrapping_sub(by) };
+            let borrow = !add && adjust && al < 6;
+            let fl = byte_flags(al, by, add) & (SF | ZF | PF | OF);
+            let carry = if carry || borrow { CF } else { 0 };
+            (u16::from(ah) << 8 | u16::from(x), fl | (adjusted & AF) | carry)
         }
         M::Aam => {
             let n = i.immediate8();
@@ -304,8 +308,8 @@ pub fn decimal(v: &mut Vcpu, i: &Instruction) -> Done {
             (u16::from(al / n) << 8 | u16::from(x), szp(x))
         }
         M::Aad => {
-            let x = al.wrapping_add(ah.wrapping_mul(i.immediate8()));
-            (u16::from(x), szp(x))
+            let more = ah.wrapping_mul(i.immediate8());
+            (u16::from(al.wrapping_add(more)), byte_flags(al, more, true))
         }
         _ => {
             // SALC

@@ -46,7 +46,7 @@ use crate::asm::*;
 use crate::block::{Block, Heat, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
-use crate::insn::{decode, decoder, encode, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
+use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::perf_map;
 use crate::recipe::Recipe;
@@ -296,7 +296,9 @@ impl Vcpu {
             Unit::focus(&mut plan);
             u.settle(&plan);
         }
-        u.liveness(&mut plan, second.is_some());
+        if !u.v.exact_flags {
+            u.liveness(&mut plan, second.is_some());
+        }
         u.order = plan.iter().map(|s| s.ip).collect();
         u.entry();
         let body = u.a.here().1;

@@ -273,7 +273,7 @@ pub(super) fn decode_stretch(
     let mut d = decoder(&bytes[start..bytes.len().min(4096)], bits, ip);
     while items.len() < MOST && d.can_decode() {
         let at = start + d.position();
-        let insn = d.decode();
+        let insn = exchange(d.decode(), &bytes[at..]);
         if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
             break;
         }
