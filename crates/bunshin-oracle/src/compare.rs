@@ -5,13 +5,16 @@
 //!
 //! - flags at a fault, unless [`Options::exact_flags`]: an engine may not have
 //!   computed what no instruction would read; RF, IF and above never;
-//! - anything when either side ran out of time;
+//! - cases that load segment registers, unless [`Options::segments`];
+//! - anything when the left side ran out of time;
+//! - flags that are dead in code which the case overwrites afterwards, see
+//!   [`Comparison::all_flags`];
 //! - the page-fault error code at non-user addresses, where Linux hides it;
 //! - what [`exempt`] finds: results that the processor does not promise.
-use crate::arena::{image_address, image_offset, LINE};
+use crate::arena::{base_image, image_address, image_offset, CODE, CODE_LENGTH, LINE};
 use crate::case::Case;
 use crate::state::{register_text, Difference, UserState, USER_FLAGS};
-use iced_x86::{Decoder, DecoderOptions, Mnemonic};
+use iced_x86::{Decoder, DecoderOptions, Mnemonic, Register};
 
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -40,11 +43,16 @@ pub enum Stop {
 pub struct Outcome {
     /// Registers after the run, normalised.
     pub state: UserState,
+    /// es, ds, fs, gs after the run; at first [`SELECTORS`].
+    pub selectors: [u16; 4],
     /// Why it ended.
     pub stop: Stop,
     /// Lines of memory that differ from the base image, by image offset.
     pub memory: Vec<(usize, [u8; LINE])>,
 }
+
+/// es, ds, fs, gs when a case starts.
+pub const SELECTORS: [u16; 4] = [0x2b, 0x2b, 0, 0];
 
 /// Something that can run a case: the host processor, an engine.
 pub trait Judge {
@@ -52,6 +60,11 @@ pub trait Judge {
     fn name(&self) -> &'static str;
     /// Run a case from its state; nothing of it remains for the next.
     fn run(&mut self, case: &Case) -> Outcome;
+    /// What [`Judge::run`] runs, one instruction at a time; nothing where the
+    /// judge cannot tell.
+    fn steps(&mut self, _case: &Case) -> Vec<Step> {
+        Vec::new()
+    }
 }
 
 /// How strict to be.
@@ -59,79 +72,121 @@ pub trait Judge {
 pub struct Options {
     /// Compare the arithmetic flags at faults too.
     pub exact_flags: bool,
+    /// Compare cases that load segment registers too. Off as long as the
+    /// translator does not check limits and null selectors.
+    pub segments: bool,
 }
 
 /// Differences that a report shows.
 const SHOWN: usize = 24;
 
-/// Opcodes whose results nobody promises or the hypervisor gives: RDTSC,
-/// CPUID, RDPMC, the groups of XGETBV, RDTSCP, RDRAND, SLDT.
-const UNPROMISED: [[u8; 2]; 6] =
-    [[0x0f, 0x31], [0x0f, 0xa2], [0x0f, 0x33], [0x0f, 0x01], [0x0f, 0xc7], [0x0f, 0x00]];
+/// One instruction that ran.
+pub struct Step {
+    /// Where it lies.
+    pub rip: u64,
+    /// Its bytes and some that follow.
+    pub bytes: [u8; 15],
+    /// It wrote over its own bytes.
+    pub overwrote_itself: bool,
+}
 
-/// Why a difference says nothing, given how one side ended; None in nearly
+/// Why a difference says nothing, given what ran on the host; None in nearly
 /// all cases. Code that writes over itself or jumps into its own middle is
 /// concerned, and what the translator documents as not modelled:
 ///
-/// - it can become an instruction that the generator would not make (NOT of
-///   F0 CE is RDTSC);
+/// - it can become an instruction that the generator would not make: NOT of
+///   F0 CE is RDTSC;
+/// - or one that the host lacks, or the decoder of this crate does not know;
 /// - a repeated string operation that overwrites itself goes on with the old
 ///   bytes until an interrupt of the host makes it start again;
 /// - INT1 in a virtual machine may leave rip where it was;
 /// - a branch to a non-canonical address faults at its target, not at the branch;
 /// - alignment checks (#AC) are not modelled by the translator.
-pub fn exempt(case: &Case, outcome: &Outcome) -> Option<&'static str> {
-    if matches!(outcome.stop, Stop::Fault { vector: 17, .. }) {
-        return Some("alignment checks are not modelled");
-    }
-    let rip = outcome.state.rip;
-    if (rip as i64) << 16 >> 16 != rip as i64 {
-        return Some("a branch to a non-canonical address faults at its target");
-    }
-    let after = code_after(case, outcome);
-    if matches!(outcome.stop, Stop::Fault { vector: 1, .. }) {
-        let at = rip.wrapping_sub(case.state.rip) as usize;
-        let here = after.get(at..).unwrap_or_default();
-        if Decoder::new(case.bits(), here, DecoderOptions::NONE).decode().mnemonic() == Mnemonic::Int1 {
-            return Some("some hypervisors leave rip on INT1");
+pub fn exempt(case: &Case, left: &Outcome, right: &Outcome, steps: &[Step]) -> Option<&'static str> {
+    for side in [left, right] {
+        if matches!(side.stop, Stop::Fault { vector: 17, .. }) {
+            return Some("alignment checks are not modelled");
+        }
+        let rip = side.state.rip;
+        if (rip as i64) << 16 >> 16 != rip as i64 {
+            return Some("a branch to a non-canonical address faults at its target");
         }
     }
-    if after.windows(2).any(|pair| UNPROMISED.iter().any(|opcode| pair == opcode)) {
-        return Some("the case made itself an instruction that is not deterministic");
-    }
-    if after == case.bytes() {
-        return None;
-    }
-    if matches!(outcome.stop, Stop::Fault { vector: 6, .. }) {
-        return Some("the case made itself an instruction that the host lacks");
-    }
-    let repeated = case.code.iter().any(|bytes| {
-        let instruction = Decoder::new(case.bits(), bytes, DecoderOptions::NONE).decode();
-        instruction.is_string_instruction()
-            && (instruction.has_rep_prefix() || instruction.has_repne_prefix())
-    });
-    repeated.then_some("a repeated string operation overwrote the code")
-}
-
-/// The code as the run left it.
-fn code_after(case: &Case, outcome: &Outcome) -> Vec<u8> {
-    let mut after = case.bytes();
-    let Some(start) = image_offset(case.state.rip, after.len()) else { return after };
-    for (offset, line) in &outcome.memory {
-        for (i, byte) in line.iter().enumerate() {
-            if let Some(at) = (offset + i).checked_sub(start).filter(|at| *at < after.len()) {
-                after[at] = *byte;
+    let mut steps = steps.iter().peekable();
+    while let Some(step) = steps.next() {
+        let instruction = Decoder::new(case.bits(), &step.bytes, DecoderOptions::AMD).decode();
+        if !crate::generate::pool::host_runs(instruction.code(), case.narrow) {
+            return Some("the case made itself an instruction that the host lacks");
+        }
+        if unpromised(instruction.mnemonic(), case.narrow) {
+            return Some("the case made itself an instruction that is not deterministic");
+        }
+        let repeated = instruction.has_rep_prefix() || instruction.has_repne_prefix();
+        if instruction.is_string_instruction() && repeated && step.overwrote_itself {
+            return Some("a repeated string operation overwrote itself");
+        }
+        let last = steps.peek().is_none();
+        if last && case.narrow && matches!(left.stop, Stop::Fault { vector: 13, .. }) {
+            let segment = instruction.segment_prefix();
+            if matches!(segment, Register::CS | Register::FS | Register::GS) {
+                return Some("the case made itself an access through a segment that is not modelled");
             }
         }
     }
-    after
+    None
+}
+
+/// Is the result nobody's promise, the hypervisor's or the kernel's?
+pub(crate) fn unpromised(mnemonic: Mnemonic, narrow: bool) -> bool {
+    use Mnemonic as M;
+    match mnemonic {
+        M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Rdrand | M::Rdseed | M::Cpuid | M::Xgetbv => true,
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lsl | M::Lar | M::Verr | M::Verw => true,
+        M::Rdpru | M::Monitorx | M::Mwaitx | M::Vmmcall | M::Vmcall | M::Clzero | M::Mcommit => true,
+        // Some hypervisors leave rip on it.
+        M::Int1 => true,
+        // Nothing keeps these from Linux.
+        M::Syscall | M::Sysenter => narrow,
+        _ => false,
+    }
+}
+
+/// The code segment before and after a run.
+struct CodeImage {
+    before: Vec<u8>,
+    after: Vec<u8>,
+}
+
+impl CodeImage {
+    fn new(case: &Case, outcome: &Outcome) -> Self {
+        let length = CODE_LENGTH as usize;
+        let mut after = base_image()[..length].to_vec();
+        let mut before = after.clone();
+        for (address, bytes) in case.writes() {
+            if let Some(at) = image_offset(address, bytes.len()).filter(|at| *at < length) {
+                before[at..at + bytes.len()].copy_from_slice(&bytes);
+            }
+        }
+        for (at, line) in outcome.memory.iter().filter(|(at, _)| *at < length) {
+            after[*at..at + LINE].copy_from_slice(line);
+        }
+        Self { before, after }
+    }
+}
+
+/// Did the run change code that was there before it?
+fn rewrote(case: &Case, outcome: &Outcome) -> bool {
+    let code = CodeImage::new(case, outcome);
+    code.before != code.after
 }
 
 /// Does the case store what FIP, FDP and their like hold? Engines may give
 /// zero for them.
 fn stores_pointers(case: &Case, outcome: &Outcome) -> bool {
     use Mnemonic as M;
-    let after = code_after(case, outcome);
+    let code = CodeImage::new(case, outcome);
+    let from = (case.state.rip - CODE) as usize;
+    let after = &code.after[from..from + case.bytes().len()];
     (0..after.len()).any(|at| {
         matches!(
             Decoder::new(case.bits(), &after[at..], DecoderOptions::NONE).decode().mnemonic(),
@@ -151,7 +206,8 @@ fn stores_pointers(case: &Case, outcome: &Outcome) -> bool {
 
 /// Everything in which two outcomes differ; empty when they agree.
 pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Options) -> Vec<Difference> {
-    if left.stop == Stop::Timeout && right.stop == Stop::Timeout {
+    // The right side has more time than the left one.
+    if left.stop == Stop::Timeout {
         return Vec::new();
     }
     let mut found = Vec::new();
@@ -159,6 +215,15 @@ pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Option
         found.push(Difference::new("stop", format!("{:x?}", left.stop), format!("{:x?}", right.stop)));
     }
     let fault = matches!(left.stop, Stop::Fault { .. }) || matches!(right.stop, Stop::Fault { .. });
+    if !options.segments && left.selectors != SELECTORS {
+        return Vec::new();
+    }
+    for (i, name) in ["es", "ds", "fs", "gs"].into_iter().enumerate() {
+        if left.selectors[i] != right.selectors[i] {
+            let text = |v: u16| format!("{v:04x}");
+            found.push(Difference::new(name, text(left.selectors[i]), text(right.selectors[i])));
+        }
+    }
     let flags = if fault && !options.exact_flags { 0 } else { USER_FLAGS };
     found.extend(left.state.differences(&right.state, flags));
     if left.memory != right.memory {
@@ -168,9 +233,6 @@ pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Option
             found.clear();
         }
         memory_differences(left, right, pointers, &mut found);
-    }
-    if !found.is_empty() && [left, right].iter().any(|side| exempt(case, side).is_some()) {
-        found.clear();
     }
     found
 }
@@ -186,7 +248,7 @@ fn comparable(stop: &Stop) -> Stop {
 
 /// With `pointers`, zero on the right is as good as anything.
 fn memory_differences(left: &Outcome, right: &Outcome, pointers: bool, found: &mut Vec<Difference>) {
-    let image = crate::arena::base_image();
+    let image = base_image();
     let mut offsets: Vec<_> = left.memory.iter().chain(&right.memory).map(|(at, _)| *at).collect();
     offsets.sort_unstable();
     offsets.dedup();
@@ -214,6 +276,11 @@ pub struct Comparison<'a> {
     pub left: &'a mut dyn Judge,
     /// The one that is judged.
     pub right: &'a mut dyn Judge,
+    /// An engine like the right one that keeps every arithmetic flag. The
+    /// translator drops flags that the code ahead overwrites. Should that code
+    /// be overwritten itself before it runs, then they are gone: where a case
+    /// rewrites code, only what differs here too is a difference.
+    pub all_flags: Option<&'a mut dyn Judge>,
     /// How strict to be.
     pub options: Options,
 }
@@ -224,8 +291,16 @@ impl Comparison<'_> {
         crate::native::note_current(case);
         let left = self.left.run(case);
         let right = self.right.run(case);
+        let mut found = differences(case, &left, &right, self.options);
+        if let Some(judge) = self.all_flags.as_mut().filter(|_| !found.is_empty() && rewrote(case, &left)) {
+            if differences(case, &left, &judge.run(case), self.options).is_empty() {
+                found.clear();
+            }
+        }
+        if !found.is_empty() && exempt(case, &left, &right, &self.left.steps(case)).is_some() {
+            found.clear();
+        }
         crate::native::note_nothing();
-        let found = differences(case, &left, &right, self.options);
         (left, found)
     }
 
@@ -260,10 +335,8 @@ impl Comparison<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arena::{base_image, CODE};
-
     fn outcome(stop: Stop) -> Outcome {
-        Outcome { state: UserState::default(), stop, memory: Vec::new() }
+        Outcome { state: UserState::default(), selectors: SELECTORS, stop, memory: Vec::new() }
     }
 
     fn names(left: &Outcome, right: &Outcome, options: Options) -> Vec<String> {
@@ -277,7 +350,7 @@ mod tests {
         let mut right = left.clone();
         right.state.rflags |= 1;
         assert!(names(&left, &right, Options::default()).is_empty());
-        assert_eq!(names(&left, &right, Options { exact_flags: true }), ["rflags"]);
+        assert_eq!(names(&left, &right, Options { exact_flags: true, ..Options::default() }), ["rflags"]);
         let left = outcome(Stop::Breakpoint);
         right.stop = Stop::Breakpoint;
         assert_eq!(names(&left, &right, Options::default()), ["rflags"]);
@@ -305,11 +378,14 @@ mod tests {
     #[test]
     fn code_that_became_rdtsc_is_exempt() {
         let case = Case::new(CODE, vec![vec![0xf0, 0xce]]);
-        let mut left = outcome(Stop::Breakpoint);
-        assert_eq!(exempt(&case, &left), None);
-        let mut line = [0xcc; LINE];
-        line[..2].copy_from_slice(&[0x0f, 0x31]);
-        left.memory.push((0, line));
-        assert!(exempt(&case, &left).is_some());
+        let end = outcome(Stop::Breakpoint);
+        let step = |start: &[u8]| {
+            let mut bytes = [0x90; 15];
+            bytes[..start.len()].copy_from_slice(start);
+            [Step { rip: CODE, bytes, overwrote_itself: false }]
+        };
+        assert_eq!(exempt(&case, &end, &end, &step(&[0x48, 0x01, 0xc8])), None);
+        assert!(exempt(&case, &end, &end, &step(&[0x0f, 0x31])).is_some());
+        assert!(exempt(&case, &end, &end, &step(&[0x0f, 0x04])).is_some());
     }
 }

@@ -23,7 +23,7 @@ use crate::compare::{Judge, Outcome, Stop};
 use crate::state::{Layout, UserState, XSAVE_BYTES};
 use bunshin_core::state::{Segment, Table};
 use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -59,8 +59,11 @@ const STAR: u32 = 0xc000_0081;
 const LSTAR: u32 = 0xc000_0082;
 const FMASK: u32 = 0xc000_0084;
 
-/// How long a case may run; far more than any needs.
-const PATIENCE: Duration = Duration::from_millis(250);
+/// How much of a processor's time a case may take: several times what the
+/// host gets, and far more than any needs that ends.
+const PATIENCE: Duration = Duration::from_millis(120);
+/// How often the watcher looks.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// An engine as a [`Judge`].
 pub struct Guest {
@@ -77,19 +80,31 @@ pub struct Guest {
 struct Watch {
     run: AtomicU64,
     kicked: AtomicU64,
+    /// Clock of the processor time of the thread that runs, 0 at first.
+    clock: AtomicI32,
+}
+
+impl Watch {
+    fn spent(&self) -> Duration {
+        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+        // SAFETY: fills the structure, or fails on the clock of a thread that ended.
+        unsafe { libc::clock_gettime(self.clock.load(Ordering::SeqCst), &mut time) };
+        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+    }
 }
 
 fn watch(watch: &Weak<Watch>, kicker: &dyn Kicker) {
-    let mut seen = 0;
+    let (mut seen, mut since) = (0, Duration::ZERO);
     loop {
-        std::thread::sleep(PATIENCE);
+        std::thread::sleep(LOOK);
         let Some(watch) = watch.upgrade() else { return };
         let run = watch.run.load(Ordering::SeqCst);
-        if run % 2 == 1 && run == seen {
+        if run % 2 == 0 || run != seen {
+            (seen, since) = (run, watch.spent());
+        } else if watch.spent().saturating_sub(since) >= PATIENCE {
             watch.kicked.store(run, Ordering::SeqCst);
             kicker.kick();
         }
-        seen = run;
     }
 }
 
@@ -104,7 +119,8 @@ impl Guest {
         engine.map(0, &region, 0, RAM, false)?;
         let mut vcpu = engine.vcpu(0)?;
         let start = start_state(vcpu.state());
-        let shared = Arc::new(Watch { run: AtomicU64::new(0), kicked: AtomicU64::new(0) });
+        let shared =
+            Arc::new(Watch { run: AtomicU64::new(0), kicked: AtomicU64::new(0), clock: AtomicI32::new(0) });
         let (weak, kicker) = (Arc::downgrade(&shared), vcpu.kicker());
         std::thread::spawn(move || watch(&weak, &*kicker));
         let scratch = start.clone();
@@ -131,6 +147,12 @@ impl Guest {
     /// Run until a stub's OUT; its number.
     fn run_to_stub(&mut self) -> Result<u16, Stop> {
         let failed = |reason: String| Err(Stop::Failed(reason));
+        if self.watch.clock.load(Ordering::Relaxed) == 0 {
+            let mut clock = 0;
+            // SAFETY: asks for the clock of this very thread.
+            unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
+            self.watch.clock.store(clock, Ordering::SeqCst);
+        }
         let run = self.watch.run.fetch_add(1, Ordering::SeqCst) + 1;
         let stub = loop {
             match self.vcpu.run(Reply::None) {
@@ -207,6 +229,8 @@ impl Judge for Guest {
         }
         let mut state = case.state.clone();
         let stop = self.run_state(&mut state, case.narrow);
+        let segments = self.vcpu.state().segments;
+        let selectors = [0, 3, 4, 5].map(|n: usize| segments[n].selector);
         let arena = self.region.host().cast_const().wrapping_add(ARENA as usize);
         // SAFETY: the arena lies inside the region and the guest is stopped.
         let memory = unsafe { changed_lines(|i| arena.wrapping_add(SEGMENTS[i].offset)) };
@@ -221,7 +245,7 @@ impl Judge for Guest {
             }
             self.engine.write(ARENA + first as u64, &image[first..end]);
         }
-        Outcome { state, stop, memory }
+        Outcome { state, selectors, stop, memory }
     }
 }
 

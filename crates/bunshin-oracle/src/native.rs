@@ -16,8 +16,9 @@
 //! Not modelled: debug registers, protection keys, CET.
 use crate::arena::{self, SEGMENTS};
 use crate::case::Case;
-use crate::compare::{Judge, Outcome, Stop};
-use crate::state::{Layout, UserState};
+use crate::compare::{Judge, Outcome, Step, Stop};
+use crate::state::{Layout, UserState, TF};
+use iced_x86::{Decoder, DecoderOptions};
 use std::cell::{RefCell, UnsafeCell};
 use std::marker::PhantomData;
 use std::mem::{offset_of, zeroed};
@@ -27,10 +28,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 /// The signals that end a run.
 const FATAL: [i32; 6] =
     [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL, libc::SIGSYS];
-/// Period of the timer that ends endless loops.
-const TICK_NS: i64 = 20_000_000;
+/// Period, in time of the processor, of the timer that ends endless loops.
+const TICK_NS: i64 = 5_000_000;
+/// Period, in real time, of a second timer for cases that wait in the kernel.
+const WAIT_NS: i64 = 500_000_000;
 /// What a case gets when it asks for nothing else.
-const TICKS: u64 = 5;
+const TICKS: u64 = 4;
+/// Instructions that [`Judge::steps`] tells at most.
+const MOST_STEPS: usize = 4000;
 const ALTERNATE_STACK: usize = 256 * 1024;
 const FRAME_HEAD: usize = 1024;
 const FRAME_STATE: usize = 16 * 1024;
@@ -51,6 +56,8 @@ struct Shared {
     ticks: u64,
     limit: u64,
     running: u64,
+    /// es, ds, fs, gs as the case left them.
+    selectors: [u16; 4],
     previous: [u64; 65],
 }
 
@@ -67,6 +74,7 @@ static SHARED: Cell = Cell(UnsafeCell::new(Shared {
     ticks: 0,
     limit: TICKS,
     running: 0,
+    selectors: [0; 4],
     previous: [0; 65],
 }));
 
@@ -115,6 +123,9 @@ std::arch::global_asm!(
     "mov qword ptr [rcx + {running}], 0",
     // The case's AC flag is still ours.
     "push 0x202", "popfq",
+    "mov [rcx + {selectors}], es", "mov [rcx + {selectors} + 2], ds",
+    "mov [rcx + {selectors} + 4], fs", "mov [rcx + {selectors} + 6], gs",
+    "xor eax, eax", "mov fs, eax", "mov gs, eax",
     "mov rax, [rcx + {fs}]", "wrfsbase rax",
     "mov rax, [rcx + {gs}]", "wrgsbase rax",
     "sub rsp, 8",
@@ -151,6 +162,7 @@ std::arch::global_asm!(
     ticks = const offset_of!(Shared, ticks),
     limit = const offset_of!(Shared, limit),
     running = const offset_of!(Shared, running),
+    selectors = const offset_of!(Shared, selectors),
     previous = const offset_of!(Shared, previous),
 );
 
@@ -295,7 +307,7 @@ pub struct Native {
     frame: Box<Frame>,
     stack: Vec<u8>,
     old_stack: libc::stack_t,
-    timer: libc::timer_t,
+    timers: [libc::timer_t; 2],
     tick: i32,
     mapped: usize,
     /// Run 32-bit code.
@@ -333,7 +345,7 @@ impl Native {
                 frame: Box::new(zeroed()),
                 stack: vec![0; ALTERNATE_STACK],
                 old_stack: zeroed(),
-                timer: std::ptr::null_mut(),
+                timers: [std::ptr::null_mut(); 2],
                 tick: libc::SIGRTMIN() + 7,
                 mapped: 0,
                 narrow: false,
@@ -415,17 +427,20 @@ impl Native {
                 cr2: 0,
             }));
             self.ensure_handlers();
-            let mut event: libc::sigevent = zeroed();
-            event.sigev_notify = libc::SIGEV_THREAD_ID;
-            event.sigev_signo = self.tick;
-            event.sigev_notify_thread_id = libc::gettid();
-            if libc::timer_create(libc::CLOCK_MONOTONIC, &mut event, &mut self.timer) != 0 {
-                self.timer = std::ptr::null_mut();
-                return Err(os("no timer"));
+            let clocks = [(libc::CLOCK_THREAD_CPUTIME_ID, TICK_NS), (libc::CLOCK_MONOTONIC, WAIT_NS)];
+            for (timer, (clock, period)) in self.timers.iter_mut().zip(clocks) {
+                let mut event: libc::sigevent = zeroed();
+                event.sigev_notify = libc::SIGEV_THREAD_ID;
+                event.sigev_signo = self.tick;
+                event.sigev_notify_thread_id = libc::gettid();
+                if libc::timer_create(clock, &mut event, timer) != 0 {
+                    *timer = std::ptr::null_mut();
+                    return Err(os("no timer"));
+                }
+                let period = libc::timespec { tv_sec: 0, tv_nsec: period };
+                let spec = libc::itimerspec { it_interval: period, it_value: period };
+                libc::timer_settime(*timer, 0, &spec, std::ptr::null_mut());
             }
-            let period = libc::timespec { tv_sec: 0, tv_nsec: TICK_NS };
-            let spec = libc::itimerspec { it_interval: period, it_value: period };
-            libc::timer_settime(self.timer, 0, &spec, std::ptr::null_mut());
         }
         Ok(())
     }
@@ -504,6 +519,32 @@ impl Native {
     }
 }
 
+impl Native {
+    /// Patches and code of a case into the arena.
+    fn lay(&mut self, case: &Case) {
+        self.narrow = case.narrow;
+        for (address, bytes) in case.writes() {
+            if arena::image_offset(address, bytes.len()).is_some() {
+                // SAFETY: inside the arena, which is mapped as long as we live.
+                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+            }
+        }
+    }
+
+    /// The base image back into the arena; what was changed.
+    fn put_back(&mut self) -> Vec<(usize, [u8; arena::LINE])> {
+        // SAFETY: the arena's segments are mapped and nothing runs in them.
+        let memory = unsafe { arena::changed_lines(|i| SEGMENTS[i].base as *const u8) };
+        let image = arena::base_image();
+        for (offset, line) in &memory {
+            let address = arena::image_address(*offset) as *mut u8;
+            // SAFETY: as above.
+            unsafe { std::ptr::copy_nonoverlapping(image[*offset..].as_ptr(), address, line.len()) };
+        }
+        memory
+    }
+}
+
 /// Install a handler for a signal; the action that was there before.
 ///
 /// # Safety
@@ -526,24 +567,37 @@ impl Judge for Native {
     }
 
     fn run(&mut self, case: &Case) -> Outcome {
-        for (address, bytes) in case.writes() {
-            if arena::image_offset(address, bytes.len()).is_some() {
-                // SAFETY: inside the arena, which is mapped as long as we live.
-                unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), address as *mut u8, bytes.len()) };
+        self.lay(case);
+        let mut state = case.state.clone();
+        let stop = self.run_state(&mut state, TICKS);
+        let memory = self.put_back();
+        // SAFETY: nothing runs that could write them.
+        let selectors = unsafe { (*SHARED.0.get()).selectors };
+        Outcome { state, selectors, stop, memory }
+    }
+
+    fn steps(&mut self, case: &Case) -> Vec<Step> {
+        self.lay(case);
+        let mut state = case.state.clone();
+        let mut steps = Vec::new();
+        let code = |rip: u64| {
+            let at = arena::image_offset(rip, 15).filter(|at| *at < arena::CODE_LENGTH as usize)?;
+            // SAFETY: 15 bytes of the arena's code.
+            Some(unsafe { ((at as u64 + arena::CODE) as *const [u8; 15]).read_unaligned() })
+        };
+        while let Some(bytes) = code(state.rip).filter(|_| steps.len() < MOST_STEPS) {
+            let rip = state.rip;
+            state.rflags |= TF;
+            let stop = self.run_state(&mut state, TICKS);
+            let length = Decoder::new(case.bits(), &bytes, DecoderOptions::AMD).decode().len();
+            let after = code(rip).unwrap_or(bytes);
+            steps.push(Step { rip, bytes, overwrote_itself: bytes[..length] != after[..length] });
+            if !matches!(stop, Stop::Fault { vector: 1, .. }) {
+                break;
             }
         }
-        let mut state = case.state.clone();
-        self.narrow = case.narrow;
-        let stop = self.run_state(&mut state, TICKS);
-        // SAFETY: the arena's segments are mapped and nothing runs in them.
-        let memory = unsafe { arena::changed_lines(|i| SEGMENTS[i].base as *const u8) };
-        let image = arena::base_image();
-        for (offset, line) in &memory {
-            let address = arena::image_address(*offset) as *mut u8;
-            // SAFETY: as above.
-            unsafe { std::ptr::copy_nonoverlapping(image[*offset..].as_ptr(), address, line.len()) };
-        }
-        Outcome { state, stop, memory }
+        self.put_back();
+        steps
     }
 }
 
@@ -556,6 +610,10 @@ impl Judge for Rc<RefCell<Native>> {
     fn run(&mut self, case: &Case) -> Outcome {
         self.borrow_mut().run(case)
     }
+
+    fn steps(&mut self, case: &Case) -> Vec<Step> {
+        self.borrow_mut().steps(case)
+    }
 }
 
 impl Drop for Native {
@@ -563,8 +621,10 @@ impl Drop for Native {
         // SAFETY: gives back what `new` took, as far as it came.
         unsafe {
             libc::prctl(PR_SET_SYSCALL_USER_DISPATCH, PR_SYS_DISPATCH_OFF, 0u64, 0u64, 0u64);
-            if !self.timer.is_null() {
-                libc::timer_delete(self.timer);
+            for timer in self.timers {
+                if !timer.is_null() {
+                    libc::timer_delete(timer);
+                }
             }
             for (signal, old) in self.old_actions.iter().rev() {
                 libc::sigaction(*signal, old, std::ptr::null_mut());

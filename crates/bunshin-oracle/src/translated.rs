@@ -3,10 +3,15 @@ use crate::guest::Guest;
 use bunshin_translator::{Effort, TranslatorEngine};
 
 /// A guest on a fresh translator with one processor. Hot code is all of it or
-/// none: signals that sample would disturb native runs.
+/// none: signals that sample would disturb native runs. With `all_flags` every
+/// arithmetic flag is kept, see [`crate::Comparison::all_flags`].
 ///
 /// # Errors
 /// What the engine refused.
-pub fn translated(hot: bool) -> bunshin_core::Result<Guest> {
-    Guest::new(TranslatorEngine::with(1, if hot { Effort::Always } else { Effort::Never })?)
+pub fn translated(hot: bool, all_flags: bool) -> bunshin_core::Result<Guest> {
+    let engine = TranslatorEngine::with(1, if hot { Effort::Always } else { Effort::Never })?;
+    if all_flags {
+        engine.keep_flags();
+    }
+    Guest::new(engine)
 }

@@ -7,7 +7,7 @@ use std::rc::Rc;
 #[test]
 fn cases_agree() {
     #[cfg(feature = "translator")]
-    let mut engines = [false, true].map(|hot| bunshin_oracle::translated::translated(hot).unwrap());
+    let mut engines = [false, true].map(|hot| bunshin_oracle::translated::translated(hot, false).unwrap());
     let mut native = Rc::new(RefCell::new(Native::new().unwrap()));
     let mut again = native.clone();
     let mut judges: Vec<&mut dyn Judge> = vec![&mut again];
@@ -23,7 +23,8 @@ fn cases_agree() {
         let text = std::fs::read_to_string(&path).unwrap();
         let case = Case::from_text(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
         for right in &mut judges {
-            let mut comparison = Comparison { left: &mut native, right: *right, options: Options::default() };
+            let mut comparison =
+                Comparison { left: &mut native, right: *right, all_flags: None, options: Options::default() };
             let (_, found) = comparison.run(&case);
             if !found.is_empty() {
                 bad.push(format!("{}\n{}", path.display(), comparison.report(&case, &found)));

@@ -27,8 +27,12 @@ impl Judge for Buggy {
 fn a_difference_becomes_one_instruction() {
     let native = Rc::new(RefCell::new(Native::new().unwrap()));
     let (mut left, mut right) = (native.clone(), Buggy(native));
-    let mut comparison =
-        Comparison { left: &mut left, right: &mut right, options: Options { exact_flags: true } };
+    let mut comparison = Comparison {
+        left: &mut left,
+        right: &mut right,
+        all_flags: None,
+        options: Options { exact_flags: true, ..Options::default() },
+    };
     let mut generator = Generator::new(&Choice::default()).unwrap();
     let (case, found) = (0..100_000)
         .map(|index| generator.case(1, index))

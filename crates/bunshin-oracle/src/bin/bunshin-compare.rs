@@ -20,7 +20,9 @@ usage: bunshin-compare [options]
   --narrow          32-bit code, in compatibility mode
   --privileged      also CLI, IN, MOV CR0 and their like, which must fault
   --hot             translate as frequent code is translated
+  --rewriting       code that changes itself
   --exact-flags     compare the arithmetic flags at faults too
+  --segments        compare cases that load segment registers too
   --self-check      the host against itself: shows that the harness is sound
   --stop-after N    stop at this many differences (default 10)
   --no-minimise     report differences as they were found
@@ -81,7 +83,9 @@ fn arguments() -> Result<Arguments, String> {
             "--environment" => a.choice.environment = true,
             "--narrow" => a.choice.narrow = true,
             "--privileged" => a.choice.privileged = true,
+            "--rewriting" => a.choice.rewriting = true,
             "--exact-flags" => a.options.exact_flags = true,
+            "--segments" => a.options.segments = true,
             "--self-check" => a.self_check = true,
             "--hot" => a.hot = true,
             "--stop-after" => a.stop_after = number(value()?)?,
@@ -111,13 +115,13 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 #[cfg(feature = "translator")]
-fn engine(hot: bool) -> Result<Box<dyn Judge>, String> {
-    let guest = bunshin_oracle::translated::translated(hot).map_err(|e| e.to_string())?;
+fn engine(hot: bool, all_flags: bool) -> Result<Box<dyn Judge>, String> {
+    let guest = bunshin_oracle::translated::translated(hot, all_flags).map_err(|e| e.to_string())?;
     Ok(Box::new(guest))
 }
 
 #[cfg(not(feature = "translator"))]
-fn engine(_hot: bool) -> Result<Box<dyn Judge>, String> {
+fn engine(_hot: bool, _all_flags: bool) -> Result<Box<dyn Judge>, String> {
     Err("built without the translator: only --self-check works".into())
 }
 
@@ -187,10 +191,16 @@ fn run(a: &Arguments) -> Result<u64, String> {
         return Ok(0);
     }
     // The engine first: our signal handlers go on top of its own.
-    let right = if a.self_check { None } else { Some(engine(a.hot)?) };
+    let right = if a.self_check { None } else { Some(engine(a.hot, false)?) };
+    let mut all_flags = if a.self_check { None } else { Some(engine(a.hot, true)?) };
     let mut native = Rc::new(RefCell::new(Native::new()?));
     let mut right = right.unwrap_or_else(|| Box::new(native.clone()));
-    let mut comparison = Comparison { left: &mut native, right: &mut *right, options: a.options };
+    let mut comparison = Comparison {
+        left: &mut native,
+        right: &mut *right,
+        all_flags: all_flags.as_mut().map(|judge| judge.as_mut() as &mut dyn Judge),
+        options: a.options,
+    };
     let start = Instant::now();
     let mut counts = Counts::default();
     if a.files.is_empty() {

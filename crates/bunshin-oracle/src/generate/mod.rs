@@ -8,6 +8,8 @@ pub mod branches;
 pub mod operands;
 pub mod pool;
 pub mod registers;
+mod rewrite;
+mod writers;
 
 use crate::arena::{CODE, CODE_LENGTH, PAGE};
 use crate::case::Case;
@@ -34,6 +36,9 @@ pub struct Choice {
     pub narrow: bool,
     /// Also CLI, IN, MOV CR0 and their like, which must fault in user mode.
     pub privileged: bool,
+    /// Code that changes itself: half of every case are the shapes of
+    /// `rewrite`.
+    pub rewriting: bool,
 }
 
 /// Makes cases.
@@ -41,6 +46,7 @@ pub struct Generator {
     pool: Pool,
     branches: bool,
     narrow: bool,
+    rewriting: bool,
     encoder: Encoder,
 }
 
@@ -68,7 +74,13 @@ impl Generator {
             return Err(format!("no instruction of this host matches {:?}", choice.only));
         }
         let bits = if choice.narrow { 32 } else { 64 };
-        Ok(Self { pool, branches: patterns.is_empty(), narrow: choice.narrow, encoder: Encoder::new(bits) })
+        Ok(Self {
+            pool,
+            branches: patterns.is_empty(),
+            narrow: choice.narrow,
+            rewriting: choice.rewriting,
+            encoder: Encoder::new(bits),
+        })
     }
 
     /// The encodings that are drawn from.
@@ -106,12 +118,17 @@ impl Generator {
             random: &mut random,
             roles: &roles,
             reserved: Vec::new(),
+            start: state.rip,
             rip: state.rip,
             code: Vec::new(),
             patches,
         };
         let count = 1 + block.random.below(MOST_INSTRUCTIONS);
-        block.fill(count);
+        if block.generator.rewriting {
+            block.fill_rewriting(count);
+        } else {
+            block.fill(count);
+        }
         let (code, patches) = (block.code, block.patches);
         Case { seed, index, code, state, narrow, patches }
     }
@@ -133,6 +150,7 @@ pub struct Block<'a> {
     random: &'a mut Random,
     roles: &'a Roles,
     reserved: Vec<usize>,
+    start: u64,
     rip: u64,
     code: Vec<Vec<u8>>,
     patches: Vec<(u64, Vec<u8>)>,
@@ -147,6 +165,19 @@ impl Block<'_> {
                 self.branch();
             } else {
                 self.plain();
+            }
+        }
+    }
+
+    /// The same, but with shapes that rewrite code.
+    fn fill_rewriting(&mut self, count: u64) {
+        for _ in 0..1 + count / 4 {
+            if self.rip - self.start > ROOM / 2 {
+                break;
+            }
+            self.rewrite();
+            if self.random.one_in(2) {
+                self.fill(1);
             }
         }
     }
@@ -181,6 +212,12 @@ impl Block<'_> {
 
     /// Add one instruction from the pool.
     fn plain(&mut self) {
+        let bytes = self.instruction_at(self.rip);
+        self.push(bytes);
+    }
+
+    /// One instruction from the pool, encoded for an address.
+    fn instruction_at(&mut self, rip: u64) -> Vec<u8> {
         for _ in 0..50 {
             let code = self.generator.pool.draw(self.random);
             for _ in 0..6 {
@@ -188,14 +225,14 @@ impl Block<'_> {
                     random: self.random,
                     roles: self.roles,
                     reserved: &self.reserved,
-                    rip: self.rip,
+                    rip,
                     narrow: self.generator.narrow,
                 }
                 .fill(code);
                 if !self.reserved.is_empty() && self.touches_reserved(&instruction) {
                     break;
                 }
-                let Ok(_) = self.generator.encoder.encode(&instruction, self.rip) else {
+                let Ok(_) = self.generator.encoder.encode(&instruction, rip) else {
                     drop(self.generator.encoder.take_buffer());
                     continue;
                 };
@@ -207,11 +244,10 @@ impl Block<'_> {
                 if self.random.one_in(25) {
                     bytes = self.with_noise(bytes);
                 }
-                self.push(bytes);
-                return;
+                return bytes;
             }
         }
-        self.push(vec![0x90]);
+        vec![0x90]
     }
 
     /// Add prefixes that change little or nothing: compilers and hand-written
@@ -277,6 +313,19 @@ mod tests {
                 let decoded = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
                 assert!(!decoded.is_invalid(), "case {index}: {bytes:02x?}");
                 assert_eq!(decoded.len(), bytes.len(), "case {index}: {bytes:02x?}");
+            }
+        }
+    }
+
+    #[test]
+    fn rewriting_stays_inside_too() {
+        for narrow in [false, true] {
+            let choice = Choice { rewriting: true, narrow, ..Choice::default() };
+            let mut generator = Generator::new(&choice).unwrap();
+            for index in 0..3000 {
+                let case = generator.case(1, index);
+                let end = case.state.rip + case.bytes().len() as u64;
+                assert!(end <= case.state.rip + ROOM && end <= CODE + CODE_LENGTH, "case {index}: {case:?}");
             }
         }
     }

@@ -4,6 +4,7 @@
 use iced_x86::{Code, CpuidFeature, DecoderOptions, EncodingKind, FlowControl, Mnemonic, OpCodeOperandKind};
 use std::arch::x86_64::{__cpuid, __cpuid_count};
 use std::collections::BTreeMap;
+use std::sync::OnceLock;
 
 use crate::state::Layout;
 
@@ -45,11 +46,10 @@ pub struct Pool {
 impl Pool {
     /// Every encoding that the host runs and whose mnemonic `filter` accepts.
     pub fn new(choice: &super::Choice, filter: &dyn Fn(&str) -> bool) -> Self {
-        let host = Host::detect();
         let mut allowed = vec![false; Code::values().len()];
         let mut classes: BTreeMap<Class, BTreeMap<Mnemonic, Vec<Code>>> = BTreeMap::new();
         for code in Code::values() {
-            if !host.runs(code, choice.narrow) || denied(code, choice) {
+            if !host_runs(code, choice.narrow) || denied(code, choice) {
                 continue;
             }
             allowed[code as usize] = true;
@@ -142,10 +142,6 @@ fn denied(code: Code, choice: &super::Choice) -> bool {
     if !choice.privileged && (privileged || info.may_require_cpl0()) {
         return true;
     }
-    // They leave flags as they fall, differently from model to model.
-    if matches!(code.mnemonic(), M::Aaa | M::Aas | M::Aad | M::Aam | M::Daa | M::Das) {
-        return true;
-    }
     let system = |k: &OpCodeOperandKind| {
         use OpCodeOperandKind as K;
         matches!(k, K::seg_reg | K::tr_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
@@ -185,6 +181,12 @@ fn denied(code: Code, choice: &super::Choice) -> bool {
         | M::Xrstor64 => !choice.environment,
         _ => false,
     }
+}
+
+/// Does this processor know the encoding, whatever its privilege?
+pub fn host_runs(code: Code, narrow: bool) -> bool {
+    static HOST: OnceLock<Host> = OnceLock::new();
+    HOST.get_or_init(Host::detect).runs(code, narrow)
 }
 
 /// What CPUID says of this processor.
