@@ -727,6 +727,10 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn sysenter(v: &mut Vcpu, _: &Instruction) -> Done {
     let c = v.cpu_mut();
+    // AMD's processors have it outside long mode only.
+    if crate::host::amd() && c.long_mode() {
+        return Err(Exception::ud().into());
+    }
     if c.cr0 & 1 == 0 || c.sysenter[0] & 0xfffc == 0 {
         return Err(Exception::gp().into());
     }
@@ -746,6 +750,10 @@ pub fn sysenter(v: &mut Vcpu, _: &Instruction) -> Done {
 }
 
 pub fn sysexit(v: &mut Vcpu, i: &Instruction) -> Done {
+    if crate::host::amd() && v.cpu().long_mode() {
+        v.supervisor()?;
+        return Err(Exception::ud().into());
+    }
     let c = v.cpu();
     if c.cr0 & 1 == 0 || c.sysenter[0] & 0xfffc == 0 {
         return Err(Exception::gp().into());
