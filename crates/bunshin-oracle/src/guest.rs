@@ -19,7 +19,7 @@ use crate::arena::{
     base_image, changed_lines, image_offset, CODE_LENGTH, IMAGE_LENGTH, LINE, PAGE, SEGMENTS,
 };
 use crate::case::Case;
-use crate::compare::{Judge, Outcome, Stop};
+use crate::compare::{null, Judge, Outcome, Stop};
 use crate::state::{Layout, UserState, XSAVE_BYTES};
 use bunshin_core::state::{Segment, Table};
 use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
@@ -230,7 +230,7 @@ impl Judge for Guest {
         let mut state = case.state.clone();
         let stop = self.run_state(&mut state, case.narrow);
         let segments = self.vcpu.state().segments;
-        let selectors = [0, 3, 4, 5].map(|n: usize| segments[n].selector);
+        let selectors = [0, 3, 4, 5].map(|n: usize| null(segments[n].selector));
         let arena = self.region.host().cast_const().wrapping_add(ARENA as usize);
         // SAFETY: the arena lies inside the region and the guest is stopped.
         let memory = unsafe { changed_lines(|i| arena.wrapping_add(SEGMENTS[i].offset)) };
@@ -245,7 +245,8 @@ impl Judge for Guest {
             }
             self.engine.write(ARENA + first as u64, &image[first..end]);
         }
-        Outcome { state, selectors, stop, memory }
+        let bases = [4, 5].map(|n: usize| segments[n].base);
+        Outcome { state, selectors, bases, stop, memory }
     }
 }
 

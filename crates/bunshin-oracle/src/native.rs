@@ -16,7 +16,7 @@
 //! Not modelled: debug registers, protection keys, CET.
 use crate::arena::{self, SEGMENTS};
 use crate::case::Case;
-use crate::compare::{Judge, Outcome, Step, Stop};
+use crate::compare::{null, Judge, Outcome, Step, Stop};
 use crate::state::{Layout, UserState, TF};
 use iced_x86::{Decoder, DecoderOptions};
 use std::cell::{RefCell, UnsafeCell};
@@ -58,6 +58,8 @@ struct Shared {
     running: u64,
     /// es, ds, fs, gs as the case left them.
     selectors: [u16; 4],
+    /// FS and GS base as the case left them.
+    bases: [u64; 2],
     previous: [u64; 65],
 }
 
@@ -75,6 +77,7 @@ static SHARED: Cell = Cell(UnsafeCell::new(Shared {
     limit: TICKS,
     running: 0,
     selectors: [0; 4],
+    bases: [0; 2],
     previous: [0; 65],
 }));
 
@@ -125,6 +128,8 @@ std::arch::global_asm!(
     "push 0x202", "popfq",
     "mov [rcx + {selectors}], es", "mov [rcx + {selectors} + 2], ds",
     "mov [rcx + {selectors} + 4], fs", "mov [rcx + {selectors} + 6], gs",
+    "rdfsbase rax", "mov [rcx + {bases}], rax",
+    "rdgsbase rax", "mov [rcx + {bases} + 8], rax",
     "xor eax, eax", "mov fs, eax", "mov gs, eax",
     "mov rax, [rcx + {fs}]", "wrfsbase rax",
     "mov rax, [rcx + {gs}]", "wrgsbase rax",
@@ -163,6 +168,7 @@ std::arch::global_asm!(
     limit = const offset_of!(Shared, limit),
     running = const offset_of!(Shared, running),
     selectors = const offset_of!(Shared, selectors),
+    bases = const offset_of!(Shared, bases),
     previous = const offset_of!(Shared, previous),
 );
 
@@ -572,8 +578,9 @@ impl Judge for Native {
         let stop = self.run_state(&mut state, TICKS);
         let memory = self.put_back();
         // SAFETY: nothing runs that could write them.
-        let selectors = unsafe { (*SHARED.0.get()).selectors };
-        Outcome { state, selectors, stop, memory }
+        let (selectors, bases) = unsafe { ((*SHARED.0.get()).selectors, (*SHARED.0.get()).bases) };
+        let selectors = selectors.map(null);
+        Outcome { state, selectors, bases, stop, memory }
     }
 
     fn steps(&mut self, case: &Case) -> Vec<Step> {

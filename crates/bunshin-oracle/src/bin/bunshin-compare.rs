@@ -1,6 +1,7 @@
 //! `bunshin-compare`: random code on the host processor and in the
 //! translator, until something differs or the work is done.
 use bunshin_oracle::compare::{Comparison, Judge, Options, Stop};
+use bunshin_oracle::coverage::Coverage;
 use bunshin_oracle::generate::{Choice, Generator};
 use bunshin_oracle::minimise::minimise;
 use bunshin_oracle::{Case, Native, Outcome};
@@ -27,6 +28,7 @@ usage: bunshin-compare [options]
   --stop-after N    stop at this many differences (default 10)
   --no-minimise     report differences as they were found
   --show            print every case instead of running it
+  --coverage        print how often each encoding ran, and which did not
   --list            print how many encodings are drawn from, and their names
   FILE ...          run these cases (crates/bunshin-oracle/cases/*.txt) and no others
 
@@ -46,6 +48,7 @@ struct Arguments {
     minimise: bool,
     show: bool,
     list: bool,
+    coverage: bool,
     files: Vec<String>,
 }
 
@@ -64,6 +67,7 @@ fn arguments() -> Result<Arguments, String> {
         minimise: true,
         show: false,
         list: false,
+        coverage: false,
         files: Vec::new(),
     };
     let mut words = std::env::args().skip(1);
@@ -91,6 +95,7 @@ fn arguments() -> Result<Arguments, String> {
             "--stop-after" => a.stop_after = number(value()?)?,
             "--no-minimise" => a.minimise = false,
             "--show" => a.show = true,
+            "--coverage" => a.coverage = true,
             "--list" => a.list = true,
             "--threads" => {
                 if number(value()?)? != 1 {
@@ -132,11 +137,13 @@ struct Counts {
     differences: u64,
     faults: [u64; 32],
     timeouts: u64,
+    coverage: Coverage,
 }
 
 impl Counts {
     fn add(&mut self, case: &Case, outcome: &Outcome) {
         self.cases += 1;
+        self.coverage.add(case, outcome);
         // An INT3 means that all ran, but for what branches passed over;
         // after a fault count what lies before it.
         let end = match &outcome.stop {
@@ -218,6 +225,9 @@ fn run(a: &Arguments) -> Result<u64, String> {
         }
     }
     let seconds = start.elapsed().as_secs_f64();
+    if a.coverage {
+        print!("{}", counts.coverage.report(&a.choice));
+    }
     println!(
         "{} instructions in {} cases, seed {}, {} differences; {:.1} s, {:.1} us a case",
         counts.instructions,

@@ -9,6 +9,7 @@ pub mod operands;
 pub mod pool;
 pub mod registers;
 mod rewrite;
+mod system;
 mod writers;
 
 use crate::arena::{CODE, CODE_LENGTH, PAGE};
@@ -163,6 +164,10 @@ impl Block<'_> {
         while self.code.len() < end {
             if self.generator.branches && self.random.one_in(9) {
                 self.branch();
+            } else if self.generator.branches && self.reserved.is_empty() && self.random.one_in(40) {
+                if self.system() {
+                    return;
+                }
             } else {
                 self.plain();
             }

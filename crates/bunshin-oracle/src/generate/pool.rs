@@ -49,7 +49,7 @@ impl Pool {
         let mut allowed = vec![false; Code::values().len()];
         let mut classes: BTreeMap<Class, BTreeMap<Mnemonic, Vec<Code>>> = BTreeMap::new();
         for code in Code::values() {
-            if !host_runs(code, choice.narrow) || denied(code, choice) {
+            if !host_runs(code, choice.narrow) || denied(code, choice).is_some() {
                 continue;
             }
             allowed[code as usize] = true;
@@ -65,6 +65,14 @@ impl Pool {
             }
         }
         pool
+    }
+
+    /// Every encoding that the host knows, with the reason why it is not drawn.
+    pub fn survey(choice: &super::Choice) -> Vec<(Code, Option<&'static str>)> {
+        Code::values()
+            .filter(|code| host_runs(*code, choice.narrow))
+            .map(|code| (code, denied(code, choice)))
+            .collect()
     }
 
     /// No encoding is left by the filter.
@@ -126,41 +134,49 @@ fn class(code: Code) -> Class {
     }
 }
 
-fn denied(code: Code, choice: &super::Choice) -> bool {
+/// Why an encoding that the host knows is not drawn; None if it is.
+fn denied(code: Code, choice: &super::Choice) -> Option<&'static str> {
     use Mnemonic as M;
     let info = code.op_code();
-    // Reads two bytes on Intel's processors, four on AMD's.
     if code == Code::Movsxd_r16_rm16 {
-        return true;
+        return Some("reads two bytes on Intel's processors, four on AMD's");
     }
-    // Branches are made by hand, see `branches`.
-    // FSTSW and the like are WAIT and another instruction.
-    if code.flow_control() != FlowControl::Next || info.fwait() {
-        return true;
+    if info.fwait() {
+        return Some("is WAIT and another instruction");
+    }
+    if code.flow_control() != FlowControl::Next {
+        return Some("branches and exceptions are made by hand");
     }
     let privileged = info.is_privileged() || info.must_be_cpl0() || info.is_input_output();
     if !choice.privileged && (privileged || info.may_require_cpl0()) {
-        return true;
+        return Some("faults in user mode; drawn with --privileged");
     }
-    let system = |k: &OpCodeOperandKind| {
+    let segment = |k: &OpCodeOperandKind| {
         use OpCodeOperandKind as K;
         matches!(k, K::seg_reg | K::tr_reg | K::es | K::cs | K::ss | K::ds | K::fs | K::gs)
     };
-    if info.op_kinds().iter().any(system) {
-        return true;
+    if info.op_kinds().iter().any(segment) {
+        return Some("segment registers are loaded and stored by hand");
     }
     match code.mnemonic() {
-        // Not deterministic, or the hypervisor's to answer.
-        M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdpmc | M::Rdrand | M::Rdseed | M::Cpuid | M::Xgetbv => true,
-        M::Rdpru | M::Mcommit | M::Monitorx | M::Mwaitx | M::Monitor | M::Mwait | M::Tpause => true,
-        M::Umwait | M::Umonitor | M::Clzero | M::Xabort | M::Xtest | M::Xbegin | M::Xend => true,
-        // System state.
-        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lmsw | M::Lar | M::Lsl | M::Verr | M::Verw => {
-            true
+        M::Rdtsc | M::Rdtscp | M::Rdpid | M::Rdrand | M::Rdseed | M::Cpuid | M::Xgetbv => {
+            Some("not deterministic; made by hand, with the result overwritten")
         }
-        M::Lss | M::Lds | M::Les | M::Lfs | M::Lgs | M::Rdpkru | M::Wrpkru | M::Invlpga => true,
-        M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase | M::Swapgs => true,
-        // Where FIP and FDP become visible.
+        M::Lar | M::Lsl | M::Verr | M::Verw | M::Lss | M::Lds | M::Les | M::Lfs | M::Lgs => {
+            Some("takes a selector; made by hand")
+        }
+        M::Rdpmc | M::Rdpru | M::Mcommit | M::Xabort | M::Xtest | M::Xbegin | M::Xend => {
+            Some("not deterministic, and the kernel's to allow")
+        }
+        M::Monitorx | M::Mwaitx | M::Monitor | M::Mwait | M::Tpause | M::Umwait | M::Umonitor => {
+            Some("waits")
+        }
+        M::Clzero | M::Rdpkru | M::Wrpkru | M::Invlpga | M::Swapgs => {
+            Some("the guest's processor does not have it, or not in user mode")
+        }
+        M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw | M::Lmsw => {
+            Some("Linux forbids it (UMIP) and answers for the processor")
+        }
         M::Fnstenv
         | M::Fstenv
         | M::Fldenv
@@ -178,8 +194,12 @@ fn denied(code: Code, choice: &super::Choice) -> bool {
         | M::Xsaveopt
         | M::Xsaveopt64
         | M::Xrstor
-        | M::Xrstor64 => !choice.environment,
-        _ => false,
+        | M::Xrstor64
+            if !choice.environment =>
+        {
+            Some("shows FIP and FDP; drawn with --environment")
+        }
+        _ => None,
     }
 }
 
@@ -196,7 +216,9 @@ struct Host {
     leaf1_edx: u32,
     leaf7: [u32; 3],
     leaf7_1_eax: u32,
+    leaf13_1_eax: u32,
     extended_ecx: u32,
+    rdtscp: bool,
     avx: bool,
     avx512: bool,
 }
@@ -216,7 +238,9 @@ impl Host {
             leaf1_edx: one.edx,
             leaf7: if has_seven { [seven.ebx, seven.ecx, seven.edx] } else { [0; 3] },
             leaf7_1_eax: seven_1,
+            leaf13_1_eax: if vendor.eax >= 0xd { __cpuid_count(0xd, 1).eax } else { 0 },
             extended_ecx: extended.ecx,
+            rdtscp: extended.edx >> 27 & 1 == 1,
             avx: layout.features & 4 != 0,
             avx512: layout.avx512(),
         }
@@ -295,6 +319,21 @@ impl Host {
             F::AVX512_BITALG => self.avx512 && bit(ecx7, 12),
             F::AVX512_VPOPCNTDQ => self.avx512 && bit(ecx7, 14),
             F::AVX512_VP2INTERSECT => self.avx512 && bit(edx7, 8),
+            F::MOVDIRI => bit(ecx7, 27),
+            F::MOVDIR64B => bit(ecx7, 28),
+            F::CLDEMOTE => bit(ecx7, 25),
+            F::RDPID => bit(ecx7, 22),
+            F::FSGSBASE => bit(ebx7, 0),
+            F::RDSEED => bit(ebx7, 18),
+            F::RDRAND => bit(self.leaf1_ecx, 30),
+            F::RDTSCP => self.rdtscp,
+            F::XSAVEOPT => bit(self.leaf13_1_eax, 0),
+            F::XSAVEC => bit(self.leaf13_1_eax, 1),
+            F::XSAVES => bit(self.leaf13_1_eax, 3),
+            F::SMAP => bit(ebx7, 20),
+            F::INVPCID => bit(ebx7, 10),
+            F::MSR => bit(self.leaf1_edx, 5),
+            F::CLZERO | F::RDPRU | F::MONITORX | F::WBNOINVD => self.amd,
             F::SERIALIZE => bit(edx7, 14),
             F::AVX512_FP16 => self.avx512 && bit(edx7, 23),
             F::AVX_VNNI => self.avx && bit(self.leaf7_1_eax, 4),

@@ -92,6 +92,9 @@ pub fn draw(random: &mut Random) -> (UserState, Roles) {
     if random.one_in(150) {
         state.rflags |= crate::state::AC;
     }
+    if random.one_in(150) {
+        state.rflags |= crate::state::TF;
+    }
     draw_x87(random, &mut state.xsave);
     draw_vectors(random, &mut state.xsave, &mut roles);
     (state, roles)
