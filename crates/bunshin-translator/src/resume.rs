@@ -145,8 +145,8 @@ impl Vcpu {
         let mut key = b.key;
         // What has been dropped already may have other bytes now.
         let block = self.blocks.index.get(&b.key).copied().filter(|_| !b.dead);
-        key.va = key.va.wrapping_add(u64::from(p.guest));
-        key.gpa += u64::from(p.guest);
+        key.va = key.va.wrapping_add(p.guest as u64);
+        key.gpa = key.gpa.wrapping_add(p.guest as u64);
         let whole = b.second.is_none();
         self.cpu_mut().rip = key.va;
         let Some(insn) = whole.then(|| self.decode_at(key.gpa, key.va)).flatten() else {
