@@ -93,8 +93,9 @@ pub struct Block {
 pub struct Site {
     /// Address of its rel32.
     pub patch: u64,
-    /// Where it goes while not linked.
+    /// Where it goes while not linked, and the rel32 of the jump at its end.
     pub stub: u64,
+    pub jump: u64,
     pub target: u64,
     pub linked: bool,
     /// Target page differs from the block's page.
@@ -164,14 +165,16 @@ impl Vcpu {
         let gpa = m.gpa | (va & 0xfff);
         let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
         let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
+        let mut global = m.global;
         if let Some(second) = self.blocks.all[id as usize].second {
             let next = (va & !0xfff).wrapping_add(4096);
             let m2 = self.walk(next, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
             if m2.gpa != second {
                 return None;
             }
+            global &= m2.global;
         }
-        if !m.global {
+        if !global {
             self.nonglobal_code |= self.region == 0;
         }
         Some(id)
@@ -183,8 +186,10 @@ impl Vcpu {
         match self.find_block(rip, false) {
             Some(id) => {
                 let b = &self.blocks.all[id as usize];
-                if b.second.is_none() {
-                    self.regions.all[self.region].jc_set(rip, b.checked, self.stubs.lookup);
+                let r = &mut self.regions.all[self.region];
+                r.jc_set(rip, b.checked, self.stubs.lookup);
+                if b.second.is_some() {
+                    r.runs_in(rip.wrapping_add(4096));
                 }
                 b.body
             }
@@ -208,12 +213,15 @@ impl Vcpu {
     pub fn link_to(&mut self, site: u32, id: u32) {
         let b = &mut self.blocks.all[id as usize];
         let Some(s) = self.blocks.sites.get_mut(site as usize) else { return };
-        if s.target != b.key.va
-            || b.second.is_some()
-            || s.linked
-            || b.dead
-            || (s.listed != NONE && s.listed != id)
-        {
+        if b.second.is_some() {
+            // It hangs on two pages: by the jump cache, which knows of both.
+            let (jump, alone) = (s.jump, s.alone);
+            if !alone {
+                self.cache.patch(jump, self.stubs.indirect);
+            }
+            return;
+        }
+        if s.target != b.key.va || s.linked || b.dead || (s.listed != NONE && s.listed != id) {
             return;
         }
         s.linked = true;

@@ -386,6 +386,11 @@ impl Region {
             self.jc_used.push(index);
         }
         self.set(JC, index, code);
+        self.runs_in(va);
+    }
+
+    /// A jump cache entry depends on the page at `va`.
+    pub fn runs_in(&mut self, va: u64) {
         let page = (va >> 12) as u16 as usize;
         self.exec[page >> 6] |= 1 << (page & 63);
     }

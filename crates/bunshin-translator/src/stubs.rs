@@ -7,7 +7,7 @@
 //! and no block polls.
 use crate::asm::*;
 use crate::cache::CodeCache;
-use crate::cpu::{at, exit, CPU_BYTES, HOST, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
+use crate::cpu::{at, exit, CPU_BYTES, HOST, JC, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::insn::Mem;
 use crate::perf_map;
 use crate::vector::{self, Means};
@@ -31,6 +31,8 @@ pub struct Stubs {
     pub refill: [[u64; 2]; 2],
     /// Indirect jump found no entry: r8 target.
     pub lookup: u64,
+    /// Jump to r8 by the jump cache.
+    pub indirect: u64,
     /// Direct jump not linked yet: r8 target, r10d site.
     pub link: u64,
     /// Helper r10d, flags in the host's register.
@@ -322,6 +324,10 @@ impl Stubs {
             a.mov(6, S0);
             a.call_gs(at::FN_LOOKUP);
             go(a);
+        });
+        s.indirect = put(&mut |a| {
+            a.movzx16(S1, S0);
+            a.jmp_gs_indexed(S1, JC);
         });
         s.link = put(&mut |a| {
             flags_to_lazy(a);

@@ -216,11 +216,12 @@ impl Unit<'_> {
     /// `stub` is here.
     pub(super) fn site_stub(&mut self, patch: Label, stub: Label, target: u64, alone: bool) {
         let far = !self.same_page(target);
-        self.sites.push((patch, stub, target, far, alone));
-        let id = (self.v.blocks.sites.len() + self.sites.len() - 1) as u32;
+        let id = (self.v.blocks.sites.len() + self.sites.len()) as u32;
         self.a.mov_imm(S0, target);
         self.a.mov_imm(S2, u64::from(id));
         self.a.jmp_abs(self.v.stubs.link);
+        let Label(section, end) = self.a.here();
+        self.sites.push((patch, stub, Label(section, end - 4), target, far, alone));
     }
 
     /// In this block's page, so that it moves only with it.

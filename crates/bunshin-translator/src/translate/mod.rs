@@ -151,8 +151,8 @@ struct Unit<'a> {
     pins: Vec<(i16, u32)>,
     flags: Flags,
     points: Vec<(Label, Point)>,
-    /// Place of the rel32, the stub, target, whether pages differ, version.
-    sites: Vec<(Label, Label, u64, bool, bool)>,
+    /// Places of the rel32, the stub and its jump, target, whether pages differ, version.
+    sites: Vec<(Label, Label, Label, u64, bool, bool)>,
     relied: Vec<(u16, u16)>,
     live_out: u32,
     info: InstructionInfoFactory,
@@ -325,10 +325,11 @@ impl Vcpu {
         let cold_at = self.asm.hot.len() as u32;
         let place = |l: Label| l.1 + if l.0 == Section::Cold { cold_at } else { 0 };
         let id = self.blocks.all.len() as u32;
-        for (patch, stub, target, far, alone) in sites {
+        for (patch, stub, jump, target, far, alone) in sites {
             self.blocks.sites.push(Site {
                 patch: at + u64::from(place(patch)),
                 stub: at + u64::from(place(stub)),
+                jump: at + u64::from(place(jump)),
                 target,
                 linked: false,
                 far,
