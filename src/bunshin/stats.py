@@ -14,6 +14,7 @@ FIGURES = {
         "engine.blocks": "blocks translated",
         "engine.instructions_translated": "guest instructions in them",
         "engine.hot_blocks": "blocks translated again, since samples found them frequent",
+        "engine.revived": "dropped blocks that fitted again, but for constants",
         "engine.host_bytes": "bytes of host code made of them",
         "engine.code_cache_used": "bytes of the code cache in use now",
         "engine.code_cache_size": "bytes that it has",

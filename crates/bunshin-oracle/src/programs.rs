@@ -44,6 +44,7 @@ pub fn all() -> Vec<Program> {
         Program { rax: Some(0x1234_5678), ..program("store into the next instruction", CODE, store_next) },
         Program { rax: Some(5050), ..program("loop that rewrites itself", CODE, store_own_loop) },
         program("function rewritten between calls", CODE, rewritten_function),
+        program("constants written over", CODE, constants_written_over),
         program("function that rewrites its caller", CODE + 0x40, rewritten_caller),
         program("data across pages", CODE, data_across_pages),
         Program { rax: Some(6), ..program("returns that match no call", CODE, odd_returns) },
@@ -218,6 +219,62 @@ fn rewritten_function() -> Built {
     a.inc(ecx)?;
     a.cmp(ecx, 60)?;
     a.jne(top)?;
+    Ok(a)
+}
+
+/// A function whose code stays what it is but for its constants, among them those
+/// of comparisons and sums whose flags live across a load.
+fn constants_written_over() -> Built {
+    const FUNCTION: [u8; 48] = [
+        0xb8, 0, 0, 0, 0, // mov eax, imm32
+        0x05, 0, 0, 0, 0, // add eax, imm32
+        0x8b, 0x0e, // mov ecx, [rsi]
+        0x41, 0x0f, 0x92, 0xc2, // setb r10b
+        0x2d, 0, 0, 0, 0, // sub eax, imm32
+        0x8b, 0x0e, // mov ecx, [rsi]
+        0x41, 0x0f, 0x90, 0xc3, // seto r11b
+        0x3d, 0, 0, 0, 0, // cmp eax, imm32
+        0x8b, 0x0e, // mov ecx, [rsi]
+        0x0f, 0x9c, 0xc2, // setl dl
+        0x49, 0xbd, 0, 0, 0, 0, 0, 0, 0, 0,    // mov r13, imm64
+        0xc3, // ret
+    ];
+    let mut a = CodeAssembler::new(64)?;
+    let mut top = a.create_label();
+    a.mov(r8d, (CODE + 0x2000) as u32)?;
+    for (n, chunk) in FUNCTION.chunks(8).enumerate() {
+        let mut bytes = [0; 8];
+        bytes[..chunk.len()].copy_from_slice(chunk);
+        a.mov(r9, u64::from_le_bytes(bytes))?;
+        a.mov(qword_ptr(r8 + 8 * n), r9)?;
+    }
+    a.mov(r12d, 64)?;
+    a.mov(r14, 0x9e37_79b9_7f4a_7c15u64)?;
+    a.xor(r15d, r15d)?;
+    a.xor(edx, edx)?;
+    a.set_label(&mut top)?;
+    for at in [1, 6, 17, 28] {
+        a.imul_3(r14, r14, 0x2c1b_3c6d)?;
+        a.add(r14, 0x1234_5677)?;
+        a.mov(r9, r14)?;
+        a.shr(r9, 24)?;
+        a.mov(dword_ptr(r8 + at), r9d)?;
+    }
+    a.mov(qword_ptr(r8 + 39), r14)?;
+    for _ in 0..2 {
+        a.call(r8)?;
+        a.add(r15, rax)?;
+        a.add(r15, r13)?;
+        a.rol(r15, 7)?;
+        a.xor(r15b, r10b)?;
+        a.rol(r15, 1)?;
+        a.xor(r15b, r11b)?;
+        a.rol(r15, 1)?;
+        a.xor(r15b, dl)?;
+    }
+    a.dec(r12d)?;
+    a.jne(top)?;
+    a.mov(qword_ptr(rdi), r15)?;
     Ok(a)
 }
 

@@ -366,6 +366,15 @@ impl Asm {
         self.address(to, base, index, disp);
     }
 
+    /// `lea to, [base + disp32]` up to the displacement, which the caller writes.
+    pub fn lea_disp32(&mut self, wide: bool, to: u8, base: u8) {
+        self.b(&[0x40 | if wide { 8 } else { 0 } | ((to >> 3) << 2) | (base >> 3), 0x8d]);
+        self.b(&[0x80 | (to & 7) << 3 | (base & 7)]);
+        if base & 7 == 4 {
+            self.b(&[0x24]);
+        }
+    }
+
     /// ModRM, SIB and displacement of a memory operand.
     fn address(&mut self, reg: u8, base: Option<u8>, index: Option<(u8, u8)>, disp: i32) {
         let r = (reg & 7) << 3;

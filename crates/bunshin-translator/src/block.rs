@@ -1,4 +1,5 @@
 //! Translation blocks: where they are, how they are found, linked and dropped.
+use crate::revive::Patch;
 use crate::translate::{Lesson, Moved};
 use crate::vcpu::Vcpu;
 use std::collections::HashMap;
@@ -85,6 +86,8 @@ pub struct Block {
     pub points: Box<[Point]>,
     /// Further byte ranges of the page that the translation relied on.
     pub relied: Vec<(u16, u16)>,
+    /// Constants of the guest's code in it.
+    pub patches: Box<[Patch]>,
     /// First of the sites that jump here (`Site::next`), or `NONE`.
     pub incoming: u32,
 }
@@ -153,6 +156,15 @@ impl Blocks {
         let p = b.points.partition_point(|p| u64::from(p.host) <= off);
         Some((b, *b.points.get(p.checked_sub(1)?)?))
     }
+}
+
+/// When guest memory changes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Written {
+    /// After the call.
+    Soon,
+    /// It has already.
+    Already,
 }
 
 impl Vcpu {
@@ -286,9 +298,9 @@ impl Vcpu {
         self.counters.killed += 1;
     }
 
-    /// Guest memory `[gpa, gpa + length)` inside one page is about to change:
+    /// Guest memory `[gpa, gpa + length)` inside one page is about to change, or has:
     /// drop the translations that were made from it.
-    pub fn code_changed(&mut self, gpa: u64, length: u64) {
+    pub fn code_changed(&mut self, gpa: u64, length: u64, written: Written) {
         let Some(page) = self.phys.page(gpa) else { return };
         if !self.phys.code[page] {
             return;
@@ -316,6 +328,9 @@ impl Vcpu {
             // stores that follow are fast again.
             self.counters.pages_dropped += 1;
             for i in ids.drain(..) {
+                if written == Written::Soon {
+                    self.bury(i);
+                }
                 self.kill(i);
             }
         }
@@ -335,6 +350,7 @@ impl Vcpu {
         self.helpers.clear();
         self.snippets.clear();
         self.slow_sites.clear();
+        self.graves.clear();
         self.cache.flush();
         let miss = self.stubs.lookup;
         for r in &mut self.regions.all {

@@ -94,6 +94,14 @@ impl CodeCache {
         self.used = self.floor;
     }
 
+    /// Write over code at executable address `at`.
+    pub fn write(&mut self, at: u64, bytes: &[u8]) {
+        let off = (at - self.rx as u64) as usize;
+        assert!(off + bytes.len() <= self.size);
+        // SAFETY: inside the mapping; only this thread executes the code.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.rw.add(off), bytes.len()) };
+    }
+
     /// Redirect the `jmp`/`jcc` whose rel32 lies at executable address `site`.
     pub fn patch(&mut self, site: u64, target: u64) {
         let rel = target.wrapping_sub(site + 4) as i32;

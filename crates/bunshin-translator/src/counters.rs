@@ -33,6 +33,8 @@ counters! {
     host_bytes,
     /// Blocks translated again because samples found them frequent.
     hot_blocks,
+    /// Dropped blocks that fitted again.
+    revived,
     /// Page walks.
     walks,
     /// Misses of single loads and stores in translated code.

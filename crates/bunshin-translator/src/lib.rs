@@ -21,6 +21,7 @@ mod msr;
 pub mod perf_map;
 mod recipe;
 mod resume;
+mod revive;
 mod signals;
 mod slow;
 mod state;

@@ -214,7 +214,7 @@ impl Vcpu {
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) {
         for (k, chunk) in bytes.chunks(8).enumerate() {
             let at = gpa + 8 * k as u64;
-            self.code_changed(at, chunk.len() as u64);
+            self.code_changed(at, chunk.len() as u64, crate::block::Written::Soon);
             if let Some(h) = self.phys.host(at) {
                 // SAFETY: 8-byte pieces of an 8-aligned structure stay inside a page.
                 unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), h as *mut u8, chunk.len()) };

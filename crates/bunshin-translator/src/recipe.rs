@@ -4,9 +4,10 @@
 //! last was a comparison, a logical operation or an addition of a constant, and
 //! its registers still hold what they held, one or two instructions bring the
 //! flags back, so that probes in between need not keep them.
-use crate::asm::Asm;
+use crate::asm::{Asm, Label};
 use crate::flags::{Effect, ALL};
 use crate::insn::gpr_number;
+use crate::revive::{patchable, Patch};
 use crate::translate::Homes;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
 
@@ -34,6 +35,9 @@ pub struct Recipe {
     reg: u8,
     wide: bool,
     shift: i64,
+    /// Where its constant stands in the guest's code, from the block's start, if
+    /// that may change.
+    constant: Option<u16>,
 }
 
 fn register(i: &Instruction, n: u32, homes: &Homes) -> Option<(u8, bool)> {
@@ -47,7 +51,8 @@ fn register(i: &Instruction, n: u32, homes: &Homes) -> Option<(u8, bool)> {
 
 impl Recipe {
     /// The recipe for the flags that `i` has just set.
-    pub fn of(i: &Instruction, effect: &Effect, homes: &Homes) -> Option<Self> {
+    /// `offset` is its distance from the block's start.
+    pub fn of(i: &Instruction, effect: &Effect, homes: &Homes, offset: u16) -> Option<Self> {
         if effect.kills != ALL || i.op_count() != 2 {
             return None;
         }
@@ -76,7 +81,8 @@ impl Recipe {
             M::Sub => Kind::Sub(constant.filter(|&v| small(v))?),
             _ => return None,
         };
-        Some(Self { kind, reg, wide, shift: 0 })
+        let constant = patchable(i).map(|(at, _)| offset.wrapping_add(at));
+        Some(Self { kind, reg, wide, shift: 0, constant })
     }
 
     /// What is left of it after an instruction that leaves the flags alone,
@@ -103,29 +109,45 @@ impl Recipe {
     }
 
     /// Set the host's flags; may change `scratch`.
-    pub fn emit(&self, a: &mut Asm, scratch: u8, homes: &Homes) {
+    pub fn emit(&self, a: &mut Asm, scratch: u8, homes: &Homes, patches: &mut Vec<(Label, Patch)>) {
         let reg = homes.of(self.reg).unwrap_or_default();
         let w = if self.wide { 0x48 } else { 0x40 };
         let pair = |a: &mut Asm, op: u8, other: u8| {
             let other = homes.of(other).unwrap_or_default();
             a.b(&[w | ((other >> 3) << 2) | (reg >> 3), op, 0xc0 | ((other & 7) << 3) | (reg & 7)]);
         };
-        let constant = |a: &mut Asm, op: u8, slash: u8, reg: u8, v: i32| {
-            a.b(&[w | (reg >> 3), op, 0xc0 | (slash << 3) | (reg & 7)]);
+        // A constant in its full length, so that another can take its place.
+        let mut put = |a: &mut Asm, v: i64, negated, plus| {
+            if let Some(guest) = self.constant {
+                patches.push((a.here(), Patch { guest, host: 0, size: 4, negated, plus }));
+            }
             a.d(v as u32);
+        };
+        let op = |a: &mut Asm, op: u8, slash: u8, reg: u8| {
+            a.b(&[w | (reg >> 3), op, 0xc0 | (slash << 3) | (reg & 7)]);
         };
         match self.kind {
             Kind::Cmp(Source::Reg(r)) => pair(a, 0x39, r),
             Kind::Test(Source::Reg(r)) => pair(a, 0x85, r),
-            Kind::Cmp(Source::Imm(v)) => constant(a, 0x81, 7, reg, v),
-            Kind::Test(Source::Imm(v)) => constant(a, 0xf7, 0, reg, v),
+            Kind::Cmp(Source::Imm(v)) => {
+                op(a, 0x81, 7, reg);
+                put(a, v.into(), false, 0);
+            }
+            Kind::Test(Source::Imm(v)) => {
+                op(a, 0xf7, 0, reg);
+                put(a, v.into(), false, 0);
+            }
             Kind::Add(v) => {
-                a.lea(self.wide, scratch, Some(reg), None, (-i64::from(v) - self.shift) as i32);
-                constant(a, 0x81, 0, scratch, v);
+                a.lea_disp32(self.wide, scratch, reg);
+                put(a, -i64::from(v) - self.shift, true, -self.shift as i32);
+                op(a, 0x81, 0, scratch);
+                put(a, v.into(), false, 0);
             }
             Kind::Sub(v) => {
-                a.lea(self.wide, scratch, Some(reg), None, (i64::from(v) - self.shift) as i32);
-                constant(a, 0x81, 5, scratch, v);
+                a.lea_disp32(self.wide, scratch, reg);
+                put(a, i64::from(v) - self.shift, false, -self.shift as i32);
+                op(a, 0x81, 5, scratch);
+                put(a, v.into(), false, 0);
             }
         }
     }

@@ -1,12 +1,13 @@
 //! One virtual processor: its parts, and the loop between translated code and
 //! everything that is not translated code.
-use crate::block::{Blocks, NumberMap};
+use crate::block::{Blocks, Key, NumberMap, Written};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
+use crate::revive::Grave;
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
@@ -136,6 +137,8 @@ pub struct Vcpu {
     pub stubs: Stubs,
     pub blocks: Blocks,
     pub helpers: Vec<HelperEntry>,
+    /// Dropped translations that may fit again.
+    pub graves: NumberMap<Key, Grave>,
     /// Single instructions with their operand in the bounce buffer, by bytes.
     pub snippets: NumberMap<u128, u64>,
     /// Places that left with a single access, by host address.
@@ -252,6 +255,7 @@ impl Vcpu {
             stubs,
             blocks: Blocks::default(),
             helpers: Vec::new(),
+            graves: NumberMap::default(),
             snippets: NumberMap::default(),
             slow_sites: NumberMap::default(),
             asm: Asm::default(),
@@ -878,7 +882,7 @@ impl Vcpu {
         let end = gpa.saturating_add(length);
         while at < end {
             let n = (4096 - (at & 0xfff)).min(end - at);
-            self.code_changed(at, n);
+            self.code_changed(at, n, Written::Already);
             at += n;
         }
     }

@@ -627,7 +627,7 @@ impl Vcpu {
             // SAFETY: guest RAM, inside one page.
             let old = unsafe { std::slice::from_raw_parts(h as *const u8, from.len()) };
             if old != from {
-                self.code_changed(gpa, from.len() as u64);
+                self.code_changed(gpa, from.len() as u64, crate::block::Written::Soon);
             }
             // SAFETY: guest RAM.
             unsafe { copy_bytes(from.as_ptr(), h as *mut u8, from.len()) };

@@ -183,6 +183,12 @@ impl Unit<'_> {
         self.point(self.flags == Flags::Host);
         let out = self.a.buf();
         encode(&p, bytes, &to, out);
+        if let Some((at, size)) = patchable(i).filter(|_| !self.bounce) {
+            let Label(section, end) = self.a.here();
+            let guest = (i.ip().wrapping_sub(self.rip) as u16).wrapping_add(at);
+            let patch = Patch { guest, host: 0, size, negated: false, plus: 0 };
+            self.patches.push((Label(section, end - u32::from(size)), patch));
+        }
         if let Some(n) = swap {
             self.a.b(&[0x86, 0xc0 | ((n + 4) << 3) | n]);
         }

@@ -108,7 +108,7 @@ impl Unit<'_> {
             if r.uses(4) {
                 self.settle_stack();
             }
-            r.emit(&mut self.a, scratch, &self.homes);
+            r.emit(&mut self.a, scratch, &self.homes, &mut self.patches);
         }
         if live != 0 {
             self.flags = Flags::Host;
@@ -118,7 +118,12 @@ impl Unit<'_> {
     /// The recipe after `item`, which may have set the flags itself.
     pub(super) fn recipe_after(&self, item: &Item) -> Option<Recipe> {
         if item.effect.writes != 0 {
-            return Recipe::of(&item.insn, &item.effect, &self.homes);
+            return Recipe::of(
+                &item.insn,
+                &item.effect,
+                &self.homes,
+                item.insn.ip().wrapping_sub(self.rip) as u16,
+            );
         }
         let stack = match item.insn.mnemonic() {
             M::Push | M::Pop | M::Call | M::Ret => Some(i64::from(item.insn.stack_pointer_increment())),

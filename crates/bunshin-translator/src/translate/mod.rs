@@ -50,6 +50,7 @@ use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, w
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::perf_map;
 use crate::recipe::Recipe;
+use crate::revive::{patchable, Patch};
 use crate::vcpu::{mode, HelperEntry, Vcpu};
 use iced_x86::{
     Code, CpuidFeature, DecoderError, FlowControl, Instruction, InstructionInfoFactory, Mnemonic as M,
@@ -154,6 +155,7 @@ struct Unit<'a> {
     /// Places of the rel32, the stub and its jump, target, whether pages differ, version.
     sites: Vec<(Label, Label, Label, u64, bool, bool)>,
     relied: Vec<(u16, u16)>,
+    patches: Vec<(Label, Patch)>,
     live_out: u32,
     info: InstructionInfoFactory,
     probed: bool,
@@ -236,6 +238,13 @@ impl Vcpu {
         window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
         let start = (va & 0xfff) as usize;
 
+        if !matches!(version, Version::Hot(_)) {
+            if let Some(id) = self.revive(&Key { gpa, va: rip, mode }, &window) {
+                self.window = window;
+                self.enlist(id, page, gpa);
+                return Ok(id);
+            }
+        }
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
         let mut items = plan::decode_stretch(&window, start, rip, bits, &mut factory);
@@ -273,6 +282,7 @@ impl Vcpu {
             points: Vec::with_capacity(32),
             sites: Vec::new(),
             relied: Vec::new(),
+            patches: Vec::new(),
             live_out: ALL,
             info: factory,
             probed: false,
@@ -311,7 +321,7 @@ impl Vcpu {
         for s in &plan[1..] {
             u.relied.push(((s.ip & 0xfff) as u16, (s.last().next_ip().wrapping_sub(s.ip & !0xfff)) as u16));
         }
-        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, .. } = u;
+        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, .. } = u;
         for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
         }
@@ -357,17 +367,13 @@ impl Vcpu {
             relied,
             incoming: NONE,
             moved: homes.moved().into(),
+            patches: patches.iter().map(|&(l, p)| Patch { host: place(l), ..p }).collect(),
             heat: hot.then_some(Heat { since: started, slots, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
-        for (page, gpa) in
-            [Some((page, gpa)), second.and_then(|g| Some((self.phys.page(g)?, g)))].into_iter().flatten()
-        {
-            self.blocks.by_page.entry(page).or_default().push(id);
-            if !self.phys.code[page] {
-                let host = self.phys.host(gpa & !0xfff).unwrap();
-                self.protect_page(page, host);
-            }
+        self.enlist(id, page, gpa);
+        if let Some((page, gpa)) = second.and_then(|g| Some((self.phys.page(g)?, g))) {
+            self.enlist(id, page, gpa);
         }
         if perf_map::is_on() {
             perf_map::block(at, length as u64, rip, mode & mode::USER != 0);
@@ -381,6 +387,15 @@ impl Vcpu {
 }
 
 impl Vcpu {
+    /// Block `id` depends on a page: stores to it must be heard of.
+    fn enlist(&mut self, id: u32, page: usize, gpa: u64) {
+        self.blocks.by_page.entry(page).or_default().push(id);
+        if !self.phys.code[page] {
+            let host = self.phys.host(gpa & !0xfff).unwrap();
+            self.protect_page(page, host);
+        }
+    }
+
     /// Code that runs one copied instruction with its memory operand at the
     /// address in `cpu.tmp`, then leaves. `bytes` are the instruction's.
     pub fn snippet(&mut self, bytes: &[u8], insn: &Instruction) -> u64 {
@@ -414,6 +429,7 @@ impl Vcpu {
             points: Vec::new(),
             sites: Vec::new(),
             relied: Vec::new(),
+            patches: Vec::new(),
             live_out: ALL,
             info: InstructionInfoFactory::new(),
             probed: false,

@@ -279,7 +279,7 @@ impl Unit<'_> {
         // Out of the way the flags can be made exact, for the frame of a fault too.
         let recipe = self.recipe.filter(|_| matches!(self.flags, Flags::Recipe | Flags::Dead));
         if let Some(r) = recipe {
-            r.emit(&mut self.a, S0, &self.homes);
+            r.emit(&mut self.a, S0, &self.homes, &mut self.patches);
         }
         let keep = keep || recipe.is_some();
         self.locate(place, from);
