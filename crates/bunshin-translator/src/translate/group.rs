@@ -115,9 +115,15 @@ impl Unit<'_> {
             Place::Frame => Spot { base: Some(5), index: None, disp: 0, size, write },
             Place::Operand(i) => {
                 let (base, index) = (i.memory_base(), i.memory_index());
-                if i.is_ip_rel_memory_operand()
-                    || matches!(i.memory_segment(), Register::FS | Register::GS)
-                    || base == Register::None
+                if matches!(i.memory_segment(), Register::FS | Register::GS) {
+                    return None;
+                }
+                if let Some(address) = constant_address(i) {
+                    let disp = address as i64;
+                    let plain = disp.unsigned_abs() < 1 << 62;
+                    return plain.then_some(Spot { base: None, index: None, disp, size, write });
+                }
+                if base == Register::None
                     || !base.is_gpr64()
                     || index != Register::None && !index.is_gpr64()
                 {

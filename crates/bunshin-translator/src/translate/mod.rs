@@ -61,7 +61,7 @@ use group::Group;
 use group::Spot;
 pub(crate) use plan::Homes;
 pub use plan::Moved;
-use plan::Stretch;
+use plan::{constant_address, Stretch};
 use probe::Place;
 
 /// Most guest instructions in a block.

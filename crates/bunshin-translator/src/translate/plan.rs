@@ -256,7 +256,8 @@ impl Unit<'_> {
     }
 }
 
-fn constant_address(i: &Instruction) -> Option<u64> {
+/// The address of a memory operand without registers.
+pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
     let none = i.memory_base() == Register::None && i.memory_index() == Register::None;
     (none || i.is_ip_rel_memory_operand()).then(|| i.memory_displacement64())
 }

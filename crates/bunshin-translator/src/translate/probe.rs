@@ -420,6 +420,7 @@ impl Unit<'_> {
         let size = if base != Register::None { base.size() } else { index.size() };
         let mut constant = None;
         if base == Register::None && index == Register::None || i.is_ip_rel_memory_operand() {
+            let disp = disp.wrapping_add(from as u64);
             let v = if self.bits == 64 { disp } else { disp & 0xffff_ffff };
             constant = Some(v);
             self.a.mov_imm(S0, v);
