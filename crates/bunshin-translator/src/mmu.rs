@@ -249,6 +249,17 @@ pub struct Region {
     pub last_use: u64,
     /// Slots that hot code was given so far, of all regions alike.
     pub slots: usize,
+    /// The page of a device that was touched last.
+    device: Option<DevicePage>,
+}
+
+/// A translation that the tables cannot hold, since there is no RAM behind it. Drivers
+/// stay with one page for long. It goes whenever any entry of its region does.
+#[derive(Clone, Copy)]
+struct DevicePage {
+    va: u64,
+    gpa: u64,
+    store: bool,
 }
 
 /// Entries of a journal; more than a table has, so re-entered ones fit too.
@@ -304,6 +315,7 @@ impl Region {
 
     /// Forget what the slots hold, or only what lies between `from` and `to`.
     fn flush_slots(&mut self, from: u64, to: u64) {
+        self.device = None;
         // SAFETY: inside the region's mapping; translated code does not run meanwhile.
         let tags = unsafe {
             std::slice::from_raw_parts_mut((self.base + u64::from(SLOT_T)) as *mut u64, self.slots)
@@ -312,6 +324,12 @@ impl Region {
             let page = t.wrapping_neg();
             *t = if page >= from && page <= to { NO_PAGE } else { *t };
         }
+    }
+
+    /// The gpa behind `va`, if the last device lies there.
+    fn device_page(&self, va: u64, write: bool) -> Option<u64> {
+        let page = self.device.filter(|d| d.va == va & !0xfff && (d.store || !write))?;
+        Some(page.gpa | (va & 0xfff))
     }
 
     /// A signal pointed gs to the twin: a slot filled just then has its tag there.
@@ -510,6 +528,7 @@ impl Regions {
                     owner: None,
                     last_use: 0,
                     slots: 0,
+                    device: None,
                 });
             }
             for fd in [cpu_fd, jc_fd, host_fd, way_fd] {
@@ -828,6 +847,9 @@ impl Vcpu {
         if (va & 0xfff) + size > 4096 {
             return Filled::Slow;
         }
+        if self.regions.all[self.region].device_page(va, write).is_some() {
+            return Filled::Slow;
+        }
         let kind = if write { Kind::Write } else { Kind::Read };
         let who = self.who();
         match self.walk(va, who, kind) {
@@ -851,6 +873,9 @@ impl Vcpu {
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
                 return Ok((Some(h), 0));
             }
+            if let Some(gpa) = self.regions.all[self.region].device_page(va, kind == Kind::Write) {
+                return Ok((None, gpa));
+            }
         }
         let m = self.walk(va, who, kind)?;
         let gpa = m.gpa | (va & 0xfff);
@@ -859,6 +884,11 @@ impl Vcpu {
         } else if own {
             self.counters.tlb_helper += 1;
             self.enter_tlb(va, &m, kind == Kind::Write);
+            // What supervisor code sees of user pages depends on AC besides.
+            if self.phys.slot(gpa).is_none() && !(self.region == 0 && m.user) {
+                self.regions.all[self.region].device =
+                    Some(DevicePage { va: va & !0xfff, gpa: m.gpa, store: m.store });
+            }
         }
         let host = match self.phys.slot(gpa) {
             Some(s) if kind != Kind::Write => Some(s.host + (gpa - s.gpa)),
