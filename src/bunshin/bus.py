@@ -213,18 +213,18 @@ class Bus:
         return found
 
     def _ask(self, entry: Range, address: int, size: int) -> int:
-        entry.reads += 1
         try:
             with entry.lock:
+                entry.reads += 1
                 return entry.read(address - entry.base, size) & ONES[size]
         except Exception as error:
             failure = entry.failed(error, address - entry.base, size, None)
             raise failure from failure.__cause__
 
     def _tell(self, entry: Range, address: int, size: int, value: int) -> None:
-        entry.writes += 1
         try:
             with entry.lock:
+                entry.writes += 1
                 entry.write(address - entry.base, size, value)
         except Exception as error:
             failure = entry.failed(error, address - entry.base, size, value)
