@@ -6,6 +6,9 @@ use std::arch::x86_64::__cpuid_count;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+/// Bits of a physical address.
+pub const PHYSICAL_BITS: u32 = 46;
+
 /// eax, ebx, ecx, edx.
 pub type Regs = [u32; 4];
 
@@ -131,7 +134,7 @@ impl Table {
             0x8000_0007 => [0, 0, 0, 1 << 8],
             0x8000_0008 => {
                 let h = host(leaf, 0);
-                [(h[0] & 0xff00) | 46, 0, self.cpus - 1, 0]
+                [(h[0] & 0xff00) | PHYSICAL_BITS, 0, self.cpus - 1, 0]
             }
             0x8000_001a if leaf <= self.max_ext => host(leaf, 0),
             0x8000_001d if leaf <= self.max_ext => {

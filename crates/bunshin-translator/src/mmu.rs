@@ -637,6 +637,8 @@ pub const CR4_SMEP: u64 = 1 << 20;
 pub const CR4_SMAP: u64 = 1 << 21;
 pub const EFER_NXE: u64 = 1 << 11;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+/// Address bits that the processor does not have, see `cpuid.rs`.
+const RESERVED: u64 = ADDRESS & !((1 << crate::cpuid::PHYSICAL_BITS) - 1);
 
 pub fn canonical(va: u64) -> bool {
     ((va as i64) << 16 >> 16) as u64 == va
@@ -702,7 +704,7 @@ impl Vcpu {
             if e & P == 0 {
                 return Err(none);
             }
-            if e & NX != 0 && !nxe && entry_bits == 3 {
+            if entry_bits == 3 && (e & NX != 0 && !nxe || e & RESERVED != 0) {
                 return Err(self.fault(va, who, kind, true, true));
             }
             rights &= e;
@@ -720,6 +722,10 @@ impl Vcpu {
                 continue;
             }
             let bits = at as u8;
+            // Between the PAT bit and the address of a large page.
+            if entry_bits == 3 && level > 1 && e & ((1 << bits) - 1) & !0x1fff != 0 {
+                return Err(self.fault(va, who, kind, true, true));
+            }
             let user = rights & U != 0;
             let writable = rights & W != 0;
             let denied = match who {
