@@ -13,7 +13,7 @@ use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, panics, Exit, Reply, Result};
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, Register};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
@@ -658,7 +658,14 @@ impl Vcpu {
                 // INT n and SYSCALL clear TF and do not trap; POPF and IRET do.
                 let restores =
                     matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
-                if traced != 0 && (restores || self.cpu().eflags & TF != 0) {
+                // SYSRET that sets TF traps before anything else runs.
+                let sets = matches!(insn.mnemonic(), M::Sysret | M::Sysretq);
+                // The instruction behind MOV SS and POP SS belongs to them.
+                let stack = matches!(insn.mnemonic(), M::Mov | M::Pop) && insn.op0_register() == Register::SS;
+                if stack && traced != 0 {
+                    return Ok(flow == Flow::Next);
+                }
+                if (traced != 0 || sets) && (restores || self.cpu().eflags & TF != 0) {
                     self.cpu_mut().dr[6] |= 1 << 14;
                     self.deliver(Exception::new(crate::mmu::DB));
                     return Ok(false);
@@ -1005,7 +1012,14 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
             v.cpu_mut().rip = insn.next_ip();
             0
         }
-        Ok(Flow::Jump) => go_on(v),
+        Ok(Flow::Jump) => {
+            // SYSRET that sets TF traps before anything else runs.
+            if v.cpu().eflags & TF != 0 && matches!(insn.mnemonic(), M::Sysret | M::Sysretq) {
+                v.cpu_mut().dr[6] |= 1 << 14;
+                v.deliver(Exception::new(crate::mmu::DB));
+            }
+            go_on(v)
+        }
         Err(Trap::Fault(e)) => {
             v.deliver(e.settle(insn));
             go_on(v)

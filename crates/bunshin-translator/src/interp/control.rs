@@ -439,6 +439,10 @@ impl Vcpu {
                 let c = self.cpu_mut();
                 let seg = c.seg[n];
                 let conforming = seg.access & 0x1c == 0x1c;
+                if seg.unusable() {
+                    // The level in a null selector goes, the base stays.
+                    c.seg[n].selector = 0;
+                }
                 if !seg.unusable() && seg.dpl() < rpl && !conforming && seg.access & 0x10 != 0 {
                     c.seg[n] = Seg { access: 0x1_0000, ..Seg::default() };
                     c.seg_base[n] = 0;
@@ -688,6 +692,7 @@ pub fn syscall(v: &mut Vcpu, i: &Instruction) -> Done {
     c.seg_base[1] = 0;
     c.seg_base[2] = 0;
     c.cpl = 0;
+    v.access_check_from(flags);
     v.select_region();
     Ok(Flow::Jump)
 }
@@ -699,10 +704,12 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     v.supervisor()?;
     let c = v.cpu_mut();
+    let old = c.rflags();
     let base = (c.star >> 48) as u16;
     let wide = i.mnemonic() == M::Sysretq;
     if wide {
-        if !canonical(c.gpr[1]) {
+        // AMD's processors fault in user mode, at the target.
+        if !canonical(c.gpr[1]) && !crate::host::amd() {
             return Err(Exception::gp().into());
         }
         c.rip = c.gpr[1];
@@ -721,6 +728,7 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
     } else {
         c.iflag = 1;
     }
+    v.access_check_from(old);
     v.select_region();
     Ok(Flow::Jump)
 }

@@ -255,7 +255,14 @@ pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let mut s = d.seg(sel);
     if v.cpu().long_mode() {
-        s.base |= v.load(va + 8, 4, Who::System)? << 32;
+        if u64::from(sel | 7) + 8 > u64::from(v.cpu().gdt_limit) {
+            return Err(fault(GP, sel));
+        }
+        let upper = v.load(va + 8, 8, Who::System)?;
+        if upper >> 40 & 0x1f != 0 {
+            return Err(fault(GP, sel));
+        }
+        s.base |= upper << 32;
     }
     if ldt {
         v.cpu_mut().ldt = s;

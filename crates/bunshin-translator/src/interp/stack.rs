@@ -213,6 +213,9 @@ impl Vcpu {
         let mut mask = u64::from(ARITH) | TF | DF | NT | AC | ID;
         if iret {
             mask |= RF;
+            if cpl == 0 {
+                mask |= VIF | VIP;
+            }
         }
         if cpl == 0 {
             mask |= IOPL;
@@ -229,7 +232,13 @@ impl Vcpu {
             f &= !RF;
         }
         self.cpu_mut().set_rflags(f);
-        if old & AC != 0 && f & AC == 0 {
+        self.access_check_from(old);
+    }
+
+    /// After a change of RFLAGS from `old`: user pages that supervisor code
+    /// reached while AC was set are closed to it again.
+    pub fn access_check_from(&mut self, old: u64) {
+        if old & AC != 0 && self.cpu().ac == 0 {
             self.regions.all[0].flush_kuser();
             self.cpu_mut().kuser = 0;
         }

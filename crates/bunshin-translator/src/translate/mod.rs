@@ -306,7 +306,10 @@ impl Vcpu {
             Unit::focus(&mut plan);
             u.settle(&plan);
         }
-        if !u.v.exact_flags {
+        if u.v.exact_flags {
+            // Even what faults shows the flags as they were before it.
+            plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
+        } else {
             u.liveness(&mut plan, second.is_some());
         }
         u.order = plan.iter().map(|s| s.ip).collect();
