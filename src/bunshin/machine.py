@@ -85,6 +85,8 @@ class _Cpu:
         self.vcpu = vcpu
         self.thread: Thread | None = None
         self.parked = False
+        # Ticks of the host's time-stamp counter that the guest shall not notice.
+        self.skip = 0
         self.calls: list[Callable[[], None]] = []
         self.counts: list[int] = []
         self.stats: dict[str, int] = {}
@@ -170,6 +172,7 @@ class Machine:
         self._error: BaseException | None = None
         # True whenever a processor's thread must look up from its loop.
         self._attention = False
+        self._paused_at = 0
         self._engine = engines.create(self.engine_name, self.config.cpus)
         self.clock = Clock(self._failed)
         try:
@@ -272,6 +275,7 @@ class Machine:
             self._wake()
             while not all(cpu.parked for cpu in self._threads):
                 self._lock.wait()
+            self._paused_at = self._engine.host_tsc()
             self.clock.pause()
 
     def resume(self) -> None:
@@ -285,6 +289,10 @@ class Machine:
                 return
             if self._state != "paused":
                 raise ConfigError("machine-state", f"resume: this machine is {self._state}")
+            # The same for all, so that their counters agree as before.
+            lost = self._engine.host_tsc() - self._paused_at
+            for cpu in self._threads:
+                cpu.skip += lost
             self.clock.resume()
             self._state = "running"
             self._attention = any(cpu.calls for cpu in self._threads)
@@ -457,7 +465,6 @@ class Machine:
 
     def _park(self, cpu: _Cpu) -> bool:
         """Stand still as long as somebody wants it; False when the thread must end."""
-        tsc: int | None = None
         with self._lock:
             while True:
                 while cpu.calls:
@@ -467,13 +474,12 @@ class Machine:
                     self._lock.notify_all()
                     return False
                 if self._state == "running":
-                    if tsc is not None:
-                        cpu.vcpu.set_tsc(tsc)
+                    if cpu.skip:
+                        cpu.vcpu.skip_time(cpu.skip)
+                        cpu.skip = 0
                     cpu.parked = False
                     self._attention = any(other.calls for other in self._threads)
                     return True
-                if self._state == "paused" and tsc is None:
-                    tsc = cpu.vcpu.state()["tsc"]
                 cpu.parked = True
                 self._lock.notify_all()
                 self._lock.wait()

@@ -12,11 +12,14 @@
 //! A page that holds translations, or is read-only memory, never gets a store
 //! tag: stores to it take the slow path (`slow.rs`).
 use crate::cpu::*;
+use crate::pages::Pages;
+use crate::shared::Crew;
 use crate::vcpu::Vcpu;
 use bunshin_core::memory::Slot;
 use bunshin_core::{EngineError, Exit, Result};
 use iced_x86::{CodeSize, Instruction, OpKind, Register};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
 
 /// A processor exception about to be delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,10 +171,10 @@ pub enum Kind {
 /// Guest RAM as the processor sees it.
 pub struct Phys {
     pub slots: Vec<PhysSlot>,
-    /// For each page of every slot: translations were made from it.
-    pub code: Vec<bool>,
-    /// For each page: which table holds a store tag for it. 0 none, else
-    /// 1 + (region << 16 | index), or `MANY`.
+    /// What all processors hold of each page of every slot.
+    pub pages: Arc<Pages>,
+    /// For each page: which table of this processor holds a store tag for it. 0
+    /// none, else 1 + (region << 16 | index), or `MANY`.
     pub hints: Vec<u32>,
 }
 
@@ -180,7 +183,7 @@ pub struct PhysSlot {
     pub end: u64,
     pub host: u64,
     pub readonly: bool,
-    /// Index of its first page in `Phys::code`.
+    /// Index of its first page in `Phys::pages`.
     pub first: usize,
     _keep: Slot,
 }
@@ -188,7 +191,7 @@ pub struct PhysSlot {
 const MANY: u32 = u32::MAX;
 
 impl Phys {
-    pub fn new(slots: Vec<Slot>) -> Self {
+    pub fn new(slots: Vec<Slot>, crew: &Crew) -> Self {
         let mut first = 0;
         let slots: Vec<_> = slots
             .into_iter()
@@ -206,7 +209,7 @@ impl Phys {
             })
             .collect();
         // Both come as untouched zero pages, however much memory the guest has.
-        Self { slots, code: vec![false; first], hints: vec![0; first] }
+        Self { slots, pages: crew.pages(first), hints: vec![0; first] }
     }
 
     #[inline]
@@ -223,6 +226,13 @@ impl Phys {
     #[inline]
     pub fn page(&self, gpa: u64) -> Option<usize> {
         self.slot(gpa).map(|s| s.first + ((gpa - s.gpa) >> 12) as usize)
+    }
+
+    /// Host address of the first byte of a page, by its index; 0 if there is none.
+    pub fn host_of(&self, page: usize) -> u64 {
+        let pages = |s: &PhysSlot| ((s.end - s.gpa) >> 12) as usize;
+        let slot = self.slots.iter().find(|s| page >= s.first && page - s.first < pages(s));
+        slot.map_or(0, |s| s.host + ((page - s.first) as u64) * 4096)
     }
 }
 
@@ -666,11 +676,25 @@ impl Vcpu {
 
     /// Walk the guest's page tables, setting accessed and dirty bits.
     pub fn walk(&mut self, va: u64, who: Who, kind: Kind) -> std::result::Result<Mapping, Exception> {
+        loop {
+            if let Some(m) = self.walk_once(va, who, kind)? {
+                return Ok(m);
+            }
+        }
+    }
+
+    /// None: an entry changed under our hands, walk again.
+    fn walk_once(
+        &mut self,
+        va: u64,
+        who: Who,
+        kind: Kind,
+    ) -> std::result::Result<Option<Mapping>, Exception> {
         let c = self.cpu();
         let (cr0, cr3, cr4, efer) = (c.cr0, c.cr3, c.cr4, c.efer);
         if cr0 & CR0_PG == 0 {
             let gpa = va & 0xffff_ffff & !0xfff;
-            return Ok(Mapping { gpa, store: true, user: true, global: false, bits: 12 });
+            return Ok(Some(Mapping { gpa, store: true, user: true, global: false, bits: 12 }));
         }
         self.counters.walks += 1;
         let long = efer & 0x400 != 0;
@@ -744,8 +768,8 @@ impl Vcpu {
             let may_store = writable || (who != Who::User && cr0 & CR0_WP == 0);
             for (i, &(address, e)) in seen[..depth].iter().enumerate() {
                 let want = e | A | if i + 1 == depth && kind == Kind::Write { D } else { 0 };
-                if want != e {
-                    self.set_entry(address, entry_bits == 3, want & !e);
+                if want != e && !self.replace_entry(address, entry_bits == 3, e, want) {
+                    return Ok(None);
                 }
             }
             let dirty = e & D != 0 || kind == Kind::Write;
@@ -754,13 +778,13 @@ impl Vcpu {
             } else {
                 e & ADDRESS & !((1u64 << bits) - 1)
             };
-            return Ok(Mapping {
+            return Ok(Some(Mapping {
                 gpa: base | (va & ((1u64 << bits) - 1) & !0xfff),
                 store: may_store && dirty,
                 user,
                 global: e & G != 0 && cr4 & CR4_PGE != 0,
                 bits,
-            });
+            }));
         }
     }
 
@@ -776,17 +800,28 @@ impl Vcpu {
         })
     }
 
-    fn set_entry(&self, gpa: u64, wide: bool, bits: u64) {
-        if let Some(host) = self.phys.host(gpa) {
-            // SAFETY: as in `read_entry`.
-            unsafe {
-                if wide {
-                    (*(host as *const AtomicU64)).fetch_or(bits, Ordering::Relaxed);
-                } else {
-                    (*(host as *const AtomicU32)).fetch_or(bits as u32, Ordering::Relaxed);
-                }
+    /// Set bits of an entry if it is still `old`: false when another processor or
+    /// the guest has changed it. An entry outside RAM stays as it is.
+    fn replace_entry(&self, gpa: u64, wide: bool, old: u64, new: u64) -> bool {
+        let Some(host) = self.phys.host(gpa) else { return true };
+        let relaxed = Ordering::Relaxed;
+        // SAFETY: as in `read_entry`.
+        unsafe {
+            if wide {
+                (*(host as *const AtomicU64)).compare_exchange(old, new, relaxed, relaxed).is_ok()
+            } else {
+                let entry = &*(host as *const AtomicU32);
+                entry.compare_exchange(old as u32, new as u32, relaxed, relaxed).is_ok()
             }
         }
+    }
+
+    /// A store to `page` by this processor needs no more than to be done, up to the
+    /// next safe point: nobody has translations of the page.
+    fn stores_freely(&self, page: usize) -> bool {
+        let pages = &self.phys.pages;
+        // Code is no place for many stores: no announcement of one that is not done.
+        pages.code(page) == 0 && pages.announce_store(page, self.me()) == 0
     }
 
     /// Enter a mapping in the current region. False: not RAM, or a store that
@@ -796,7 +831,7 @@ impl Vcpu {
         let host = s.host + (m.gpa - s.gpa);
         let page = s.first + ((m.gpa - s.gpa) >> 12) as usize;
         let readonly = s.readonly;
-        let store = m.store && !readonly && !self.phys.code[page];
+        let store = m.store && !readonly && self.stores_freely(page);
         if write && !store {
             return false;
         }
@@ -898,7 +933,7 @@ impl Vcpu {
         }
         let host = match self.phys.slot(gpa) {
             Some(s) if kind != Kind::Write => Some(s.host + (gpa - s.gpa)),
-            Some(s) if !s.readonly && !self.phys.code[s.first + ((gpa - s.gpa) >> 12) as usize] => {
+            Some(s) if !s.readonly && self.stores_freely(s.first + ((gpa - s.gpa) >> 12) as usize) => {
                 Some(s.host + (gpa - s.gpa))
             }
             _ => None,
@@ -906,10 +941,10 @@ impl Vcpu {
         Ok((host, gpa))
     }
 
-    /// The first translation of a page: no table may let stores through.
-    pub fn protect_page(&mut self, page: usize, host: u64) {
-        self.phys.code[page] = true;
+    /// No table of this processor may let stores to `page` through.
+    pub fn drop_store_tags(&mut self, page: usize) {
         let hint = std::mem::take(&mut self.phys.hints[page]);
+        let host = self.phys.host_of(page);
         if hint != 0 {
             for r in &mut self.regions.all {
                 r.protect_slots(host);

@@ -1,6 +1,6 @@
 //! One virtual processor: its parts, and the loop between translated code and
 //! everything that is not translated code.
-use crate::block::{Blocks, Key, NumberMap, Written};
+use crate::block::{Blocks, Key, NumberMap};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
@@ -8,6 +8,7 @@ use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
 use crate::revive::Grave;
+use crate::shared::{Crew, Shared};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
@@ -17,9 +18,8 @@ use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, Register};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::sync::atomic::{fence, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Bits that translations depend on besides their bytes and address.
 pub mod mode {
@@ -56,58 +56,17 @@ pub struct HelperEntry {
     pub insn: Instruction,
     pub helper: Helper,
     pub family: Family,
+    pub serialises: bool,
 }
 
 impl HelperEntry {
     pub fn new(insn: Instruction) -> Self {
-        Self { helper: interp::helper(&insn), family: Family::of(&insn), insn }
-    }
-}
-
-/// What other threads may touch.
-pub struct Shared {
-    /// `Cpu::pending`, inside the processor page.
-    pending: *const AtomicU32,
-    /// The owner asked `run` to return.
-    pub kicked: AtomicBool,
-    /// Guest memory was changed from outside: (gpa, length).
-    pub changed: Mutex<Vec<(u64, u64)>>,
-    pub thread: AtomicU32,
-    halt: Mutex<bool>,
-    wake: Condvar,
-    alive: AtomicBool,
-}
-
-// SAFETY: `pending` points to an atomic; it is used only while `alive`.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// Make the processor look at its events soon.
-    pub fn poke(&self) {
-        if !self.alive.load(Ordering::Acquire) {
-            return;
+        Self {
+            helper: interp::helper(&insn),
+            family: Family::of(&insn),
+            serialises: interp::serialises(&insn),
+            insn,
         }
-        // SAFETY: alive, so the processor page is mapped.
-        let before = unsafe { &*self.pending }.swap(1, Ordering::AcqRel);
-        *self.halt.lock().unwrap() = true;
-        self.wake.notify_one();
-        let thread = self.thread.load(Ordering::Acquire);
-        if before == 0 && thread != 0 && thread != signals::thread_id() {
-            signals::kick(thread);
-        }
-    }
-
-    pub fn forget(&self) {
-        self.alive.store(false, Ordering::Release);
-    }
-}
-
-impl bunshin_core::Kicker for Shared {
-    fn kick(&self) {
-        self.kicked.store(true, Ordering::Release);
-        self.poke();
     }
 }
 
@@ -149,6 +108,16 @@ pub struct Vcpu {
     pub factory: Option<InstructionInfoFactory>,
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
+    /// All processors of the machine.
+    pub crew: Arc<Crew>,
+    /// Came in through the gate.
+    pub inside: bool,
+    /// In an exclusive section.
+    pub exclusive: bool,
+    /// Translated code runs, if only to have called a helper.
+    pub in_code: bool,
+    /// An exception whose frame could not be written from within translated code.
+    pub deferred: Option<Exception>,
     pub counters: Counters,
     pub times: Times,
     pub msrs: crate::msr::Msrs,
@@ -160,6 +129,8 @@ pub struct Vcpu {
     pub answer_next: usize,
     /// Device writes of completed instructions.
     pub outbox: VecDeque<Exit>,
+    /// The instruction that an exit interrupted.
+    pub waiting: Option<Instruction>,
     /// The owner owes an answer to this exit.
     pub owed: Option<Owed>,
     /// Where the last exit left translated code.
@@ -174,8 +145,10 @@ pub struct Vcpu {
     pub effort: Effort,
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
-    /// CLOCK_MONOTONIC at which the guest's system time is zero.
-    pub boot_ns: u64,
+    /// When the guest's system time is zero.
+    pub start: crate::shared::Moment,
+    /// Version of the structure that kvmclock tells it by.
+    pub clock_version: u32,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     /// Translate as if every arithmetic flag were read.
     pub exact_flags: bool,
@@ -217,7 +190,7 @@ impl Vcpu {
         phys: Phys,
         chips: Arc<Chips>,
         cpuid: Arc<crate::cpuid::Table>,
-        shared: &mut Option<Arc<Shared>>,
+        crew: Arc<Crew>,
     ) -> Result<Box<Self>> {
         signals::install();
         // Built at first use, with functions that helpers may not call.
@@ -232,16 +205,9 @@ impl Vcpu {
         let cpu = regions.cpu;
         // SAFETY: the page is mapped and nobody else uses it yet.
         let pending = unsafe { &raw const (*cpu).pending };
-        let made = Arc::new(Shared {
-            pending,
-            kicked: AtomicBool::new(false),
-            changed: Mutex::new(Vec::new()),
-            thread: AtomicU32::new(0),
-            halt: Mutex::new(false),
-            wake: Condvar::new(),
-            alive: AtomicBool::new(true),
-        });
-        *shared = Some(made.clone());
+        let shared = Arc::new(Shared::new(pending));
+        crew.join(index, shared.clone());
+        let crew_start = crew.start;
         let mut v = Box::new(Self {
             index,
             cpu,
@@ -262,7 +228,12 @@ impl Vcpu {
             window: Vec::new(),
             factory: None,
             chips,
-            shared: made,
+            shared,
+            crew,
+            inside: false,
+            exclusive: false,
+            in_code: false,
+            deferred: None,
             counters: Counters::default(),
             times: Times::default(),
             msrs: crate::msr::Msrs::default(),
@@ -271,6 +242,7 @@ impl Vcpu {
             answers: Vec::new(),
             answer_next: 0,
             outbox: VecDeque::new(),
+            waiting: None,
             owed: None,
             left: None,
             look: true,
@@ -279,7 +251,8 @@ impl Vcpu {
             again: false,
             effort: Effort::Sampled,
             saved: u64::MAX,
-            boot_ns: clock::now_ns(),
+            start: crew_start,
+            clock_version: 0,
             doorbells: Arc::default(),
             exact_flags: false,
             timer: signals::Timer::default(),
@@ -373,7 +346,9 @@ impl Vcpu {
     /// Run until the owner is needed.
     pub fn run(&mut self, reply: Reply) -> Exit {
         self.attach();
-        let e = self.run_loop(reply);
+        let turn = Turn::new(self);
+        let e = turn.0.run_loop(reply);
+        drop(turn);
         signals::leave();
         if let Exit::PioIn { size, count, .. } = e {
             self.owed = Some(Owed::Answer { size, count });
@@ -391,6 +366,7 @@ impl Vcpu {
         e
     }
 
+    // In all the time: see `Turn`.
     fn run_loop(&mut self, reply: Reply) -> Exit {
         if let Some(e) = &self.fatal {
             return e.clone();
@@ -506,9 +482,11 @@ impl Vcpu {
             self.flush_code();
             site = NO_SITE;
         }
+        let flushes = self.counters.cache_flushes;
         match self.translate(rip, &mut version) {
             Ok(id) => {
-                if site != NO_SITE {
+                // The sites may have been dropped by order of another processor.
+                if site != NO_SITE && self.counters.cache_flushes == flushes {
                     self.link_to(site, id);
                 }
                 Some(id)
@@ -638,6 +616,10 @@ impl Vcpu {
         let before = self.cpu().eflags & TF;
         let r = (helper.run)(self, insn);
         self.may_exit = false;
+        if !self.crew.single() {
+            // It may be one that serialises.
+            fence(Ordering::SeqCst);
+        }
         self.finish(insn, r, out, before)
     }
 
@@ -681,6 +663,7 @@ impl Vcpu {
             }
             Err(Trap::Exit(e)) => {
                 self.outbox.truncate(out);
+                self.waiting = Some(*insn);
                 Err(e)
             }
             Err(Trap::Device) => {
@@ -700,6 +683,10 @@ impl Vcpu {
                 return None;
             }
         };
+        if self.waiting.take().is_some_and(|w| w != insn) {
+            // Another processor has changed it: the answers are not for this one.
+            self.answers.clear();
+        }
         let helper = Helper { run: crate::slow::any, outside: true };
         match self.perform(&insn, helper) {
             Ok(_) => self.outbox.pop_front(),
@@ -713,7 +700,7 @@ impl Vcpu {
         if self.owed.is_some() {
             self.left = None;
             self.answer(reply);
-            if let Some(e) = self.step() {
+            if let Some(e) = self.visit(Self::step) {
                 self.outbox.push_front(e);
             }
         }
@@ -778,6 +765,7 @@ impl Vcpu {
         c.pending.load(Ordering::Relaxed) != 0
             || c.halted != 0
             || c.irq_waiting != 0 && c.iflag != 0
+            || self.deferred.is_some()
             || self.fatal.is_some()
     }
 
@@ -787,21 +775,26 @@ impl Vcpu {
             if let Some(e) = &self.fatal {
                 return Some(e.clone());
             }
-            *self.shared.halt.lock().unwrap() = false;
+            self.shared.listen();
             if self.cpu().pending.swap(0, Ordering::AcqRel) != 0 {
                 self.counters.events += 1;
                 self.regions.all[self.user_region].settle_slots();
             }
+            self.give_way();
             if self.cpu().sampled as usize == SAMPLES {
                 self.cpu_mut().sampled = 0;
                 self.heat();
             }
+            if let Some(e) = self.deferred.take() {
+                self.deliver(e);
+                continue;
+            }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
             }
-            let changed = std::mem::take(&mut *self.shared.changed.lock().unwrap());
-            for (gpa, length) in changed {
-                self.memory_changed(gpa, length);
+            if self.chips.starting(self.index) && !self.start_up() {
+                self.sleep(None);
+                continue;
             }
             // The deadline first: one that has passed is told as the time of asking.
             let deadline = self.chips.next_deadline_ns(self.index);
@@ -811,7 +804,7 @@ impl Vcpu {
             }
             self.arm();
             self.cpu_mut().irq_waiting = 0;
-            if self.chips.take_nmi(self.index) {
+            if self.cpu().nmi_blocked == 0 && self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
                 // Others may wait behind it.
@@ -832,9 +825,7 @@ impl Vcpu {
                 return None;
             }
             self.counters.halts += 1;
-            let started = clock::rdtsc();
             self.wait();
-            self.times.halted += clock::rdtsc() - started;
         }
     }
 
@@ -850,19 +841,10 @@ impl Vcpu {
     /// Sleep in HLT until poked or the next deadline.
     fn wait(&mut self) {
         let deadline = self.chips.next_deadline_ns(self.index);
-        let woken = self.shared.halt.lock().unwrap();
-        if *woken || self.cpu().pending.load(Ordering::Acquire) != 0 {
+        if self.cpu().pending.load(Ordering::Acquire) != 0 {
             return;
         }
-        match deadline {
-            Some(d) => {
-                let now = clock::now_ns();
-                if d > now {
-                    drop(self.shared.wake.wait_timeout(woken, Duration::from_nanos(d - now)));
-                }
-            }
-            None => drop(self.shared.wake.wait(woken)),
-        }
+        self.sleep(deadline);
     }
 
     /// Bind to the calling thread: signals and timers go there.
@@ -883,15 +865,21 @@ impl Vcpu {
             signals::register(from, to);
         }
     }
+}
 
-    fn memory_changed(&mut self, gpa: u64, length: u64) {
-        let mut at = gpa;
-        let end = gpa.saturating_add(length);
-        while at < end {
-            let n = (4096 - (at & 0xfff)).min(end - at);
-            self.code_changed(at, n, Written::Already);
-            at += n;
-        }
+/// A processor that came in; whatever happens, it goes out.
+struct Turn<'a>(&'a mut Vcpu);
+
+impl<'a> Turn<'a> {
+    fn new(v: &'a mut Vcpu) -> Self {
+        v.come_in();
+        Self(v)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.go_out();
     }
 }
 
@@ -996,6 +984,7 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
     let h = &v.helpers[id as usize];
     let (helper, insn): (Helper, *const Instruction) = (h.helper, &raw const h.insn);
     let family = h.family as usize;
+    let serialises = h.serialises && !v.crew.single();
     // SAFETY: helpers are only cleared by the loop, outside translated code.
     let insn = unsafe { &*insn };
     v.counters.helpers += 1;
@@ -1007,7 +996,11 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
         c.arg = id;
         return 1;
     }
-    match (helper.run)(v, insn) {
+    let done = (helper.run)(v, insn);
+    if serialises {
+        fence(Ordering::SeqCst);
+    }
+    match done {
         Ok(Flow::Next) => {
             v.cpu_mut().rip = insn.next_ip();
             0
@@ -1035,7 +1028,7 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
 
 fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
-    let failed = v.fatal.is_some();
+    let failed = v.fatal.is_some() || v.deferred.is_some();
     let c = v.cpu_mut();
     if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 || failed {
         c.exit = exit::EVENT;

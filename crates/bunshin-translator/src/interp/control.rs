@@ -7,6 +7,7 @@ use crate::cpu::*;
 use crate::mmu::{canonical, ud, Exception, Trap, Who, BP, BR, DB, DE, DF_, GP, NP, OF_, PF_, SS, TS};
 use crate::vcpu::Vcpu;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
+use std::sync::atomic::Ordering;
 
 /// Where an event comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +49,11 @@ impl Vcpu {
                     }
                     e = if double { Exception::with(DF_, 0) } else { second };
                 }
+                // A stack in a page with translated code is allowed, if odd.
+                Err(Trap::Device) if self.in_code => {
+                    self.deferred = Some(first);
+                    return;
+                }
                 Err(_) => break,
             }
         }
@@ -63,6 +69,13 @@ impl Vcpu {
             c.cr3
         );
         self.shut_down(m);
+    }
+
+    /// IRET lets NMIs through again; one may have come meanwhile.
+    fn unblock_nmi(&mut self) {
+        if std::mem::take(&mut self.cpu_mut().nmi_blocked) != 0 {
+            self.cpu().pending.store(1, Ordering::Release);
+        }
     }
 
     /// Deliver an external interrupt or NMI at the current instruction boundary.
@@ -169,7 +182,7 @@ impl Vcpu {
             for (k, w) in words[..n].iter().enumerate() {
                 bytes[8 * k..8 * k + 8].copy_from_slice(&w.to_le_bytes());
             }
-            self.write_stack(to, &bytes[..8 * n], who)?;
+            self.write_as(to, &bytes[..8 * n], who)?;
             self.cpu_mut().gpr[4] = to;
             if new_cpl != cpl {
                 self.cpu_mut().seg[2] = Seg {
@@ -245,25 +258,12 @@ impl Vcpu {
         Ok(())
     }
 
-    fn write_stack(&mut self, va: u64, bytes: &[u8], who: Who) -> Result<(), Trap> {
-        match self.write_as(va, bytes, who) {
-            Err(Trap::Device) => {
-                // A stack in a page with translated code: allowed, if odd.
-                let was = std::mem::replace(&mut self.may_exit, true);
-                let r = self.write_as(va, bytes, who);
-                self.may_exit = was;
-                r
-            }
-            r => r,
-        }
-    }
-
     fn store_words(&mut self, va: u64, words: &[u64], n: usize) -> Result<(), Trap> {
         let mut bytes = [0u8; 64];
         for (k, w) in words.iter().enumerate() {
             bytes[n * k..n * k + n].copy_from_slice(&w.to_le_bytes()[..n]);
         }
-        self.write_stack(va, &bytes[..n * words.len()], Who::System)
+        self.write_as(va, &bytes[..n * words.len()], Who::System)
     }
 
     fn tss64(&mut self, off: u64) -> Result<u64, Trap> {
@@ -608,7 +608,7 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
         v.drop_stack(3 * n as u64);
         v.far(cs, rip, None)?;
         v.write_flags(flags, n, true);
-        v.cpu_mut().nmi_blocked = 0;
+        v.unblock_nmi();
         return Ok(Flow::Jump);
     }
     if flags & VM != 0 && v.cpu().cpl == 0 && !v.cpu().long_mode() {
@@ -635,7 +635,7 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
         v.cpu_mut().gpr[4] = sp0;
         v.drop_stack(3 * n as u64);
     }
-    v.cpu_mut().nmi_blocked = 0;
+    v.unblock_nmi();
     Ok(Flow::Jump)
 }
 

@@ -78,7 +78,8 @@ impl Vcpu {
     /// Set the accessed bit of an ordinary descriptor.
     pub fn mark_accessed(&mut self, d: Descriptor, va: u64) -> Result<(), Trap> {
         if d.0 & (1 << 40) == 0 {
-            self.store(va, 8, d.0 | 1 << 40, Who::System)?;
+            // The byte that the bit is in: others may change the rest.
+            self.store(va.wrapping_add(5), 1, d.0 >> 40 & 0xff | 1, Who::System)?;
         }
         Ok(())
     }
