@@ -21,50 +21,48 @@ pub const MAX_CPUS: u32 = 64;
 
 /// Shared by the processors of one machine. Pages are named by their index
 /// (`Phys::page`).
-pub struct Pages {
-    code: Box<[AtomicU64]>,
-    stores: Box<[AtomicU64]>,
-}
+pub struct Pages(Box<[Page]>);
 
-/// Zero words that the host gives when they are first touched, however much
-/// memory the guest has.
-fn untouched(count: usize) -> Box<[AtomicU64]> {
-    let Ok(layout) = Layout::array::<AtomicU64>(count) else { panic!("{count} pages") };
-    if layout.size() == 0 {
-        return Box::new([]);
-    }
-    // SAFETY: the layout is not empty, and of the slice that the box frees; zero
-    // is an AtomicU64.
-    unsafe {
-        let words = alloc_zeroed(layout).cast::<AtomicU64>();
-        if words.is_null() {
-            handle_alloc_error(layout);
-        }
-        Box::from_raw(std::ptr::slice_from_raw_parts_mut(words, count))
-    }
+struct Page {
+    code: AtomicU64,
+    stores: AtomicU64,
 }
 
 impl Pages {
+    /// The words come as zero pages that the host gives when they are first touched,
+    /// however much memory the guest has.
     pub fn new(count: usize) -> Self {
-        Self { code: untouched(count), stores: untouched(count) }
+        let Ok(layout) = Layout::array::<Page>(count) else { panic!("{count} pages") };
+        if layout.size() == 0 {
+            return Self(Box::new([]));
+        }
+        // SAFETY: the layout is not empty, and of the slice that the box frees; zeroes
+        // are a Page.
+        unsafe {
+            let pages = alloc_zeroed(layout).cast::<Page>();
+            if pages.is_null() {
+                handle_alloc_error(layout);
+            }
+            Self(Box::from_raw(std::ptr::slice_from_raw_parts_mut(pages, count)))
+        }
     }
 
     /// Who has translations of `page`.
     #[inline]
     pub fn code(&self, page: usize) -> u64 {
-        self.code[page].load(Ordering::SeqCst)
+        self.0[page].code.load(Ordering::SeqCst)
     }
 
     /// Who may have a store tag for `page`.
     #[inline]
     pub fn stores(&self, page: usize) -> u64 {
-        self.stores[page].load(Ordering::SeqCst)
+        self.0[page].stores.load(Ordering::SeqCst)
     }
 
     /// `me` is about to translate from `page`; the other processors that may store
     /// to it unheard.
     pub fn announce_code(&self, page: usize, me: u64) -> u64 {
-        self.code[page].fetch_or(me, Ordering::SeqCst);
+        self.0[page].code.fetch_or(me, Ordering::SeqCst);
         self.stores(page) & !me
     }
 
@@ -73,20 +71,20 @@ impl Pages {
     #[inline]
     pub fn announce_store(&self, page: usize, me: u64) -> u64 {
         // Only a section takes the bit away, and none begins before that safe point.
-        if self.stores[page].load(Ordering::Relaxed) & me == 0 {
-            self.stores[page].fetch_or(me, Ordering::SeqCst);
+        if self.0[page].stores.load(Ordering::Relaxed) & me == 0 {
+            self.0[page].stores.fetch_or(me, Ordering::SeqCst);
         }
         self.code(page)
     }
 
     /// Nobody of `who` has translations of `page` any more.
     pub fn forget_code(&self, page: usize, who: u64) {
-        self.code[page].fetch_and(!who, Ordering::SeqCst);
+        self.0[page].code.fetch_and(!who, Ordering::SeqCst);
     }
 
     /// Nobody of `who` has a store tag for `page` any more.
     pub fn forget_stores(&self, page: usize, who: u64) {
-        self.stores[page].fetch_and(!who, Ordering::SeqCst);
+        self.0[page].stores.fetch_and(!who, Ordering::SeqCst);
     }
 }
 
