@@ -4,6 +4,9 @@ Ports are looked up in a dict, one entry a port. MMIO ranges are found by bisect
 and remembered by page, since drivers touch the same page again and again. Sizes are
 1, 2, 4 or 8 bytes, values are little-endian.
 
+Several processors may be on the bus at once. A device's lock is held around every
+access to it, and a split access holds it for one byte at a time.
+
 What the guest sees: absent addresses read as all ones and swallow writes. An access
 wider than the device, or one that straddles the end of a range, is split into bytes,
 each answered by whoever sits there. A device that fails (its own bug, not the

@@ -134,7 +134,8 @@ class Machine:
                 it is added to the image's own.
             memory: such as `512M` or `1G`; a bare number is MiB.
             engine: `auto` or `translator`.
-            cpus: number of virtual processors.
+            cpus: number of virtual processors, 1 to 64, a host thread each; more of them
+                than the host has cores make a guest slower, not faster.
             image: name of an image to boot, such as `tiny`, in place of a kernel.
             devices: your own devices, put where their `ports` and `mmio` say.
             console: a callable or binary file that gets all console output too.

@@ -95,7 +95,7 @@ impl Table {
             4 => {
                 let mut h = self.cache(host(4, sub));
                 if h[0] & 31 != 0 {
-                    h[0] |= self.ids() - 1 << 26;
+                    h[0] |= (self.ids() - 1) << 26;
                 }
                 h
             }

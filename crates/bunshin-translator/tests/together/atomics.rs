@@ -55,7 +55,7 @@ fn check(m: &Machine, gpa: u64, sum: u64) {
 }
 
 fn counters_at(gpa: u64, rounds: u32, begin: fn(u64) -> Begin, cpus: u32) {
-    let m = Machine::new(cpus);
+    let m = Machine::beginning(cpus, begin(CODE));
     // Away from the page's start, where operands may reach to.
     let code = CODE + 0x100;
     m.code(code, |a| {

@@ -28,7 +28,7 @@ fn raised_immediates(
     offset: Option<u64>,
     begin: fn(u64) -> Begin,
 ) {
-    let m = Machine::new(2);
+    let m = Machine::beginning(2, begin(CODE));
     for n in 0..u64::from(count) {
         function(&m, first + n * u64::from(stride), 0);
     }
@@ -185,8 +185,8 @@ fn patched_under_a_breakpoint() {
 /// New functions of different lengths at addresses used before, published by a
 /// flag and called without any serialising.
 fn published(begin: fn(u64) -> Begin, slots: u32, stride: u32) {
-    let rounds = 600u32;
-    let m = Machine::new(2);
+    let rounds = 160u32;
+    let m = Machine::beginning(2, begin(CODE));
     m.code(CODE, |a| {
         let (mut writer, mut top, mut bad) = (a.create_label(), a.create_label(), a.create_label());
         a.mov(ecx, 1)?;
@@ -261,7 +261,7 @@ fn functions_published_by_a_flag() {
 
 /// Both write functions into the same page and call them.
 fn same_page(begin: fn(u64) -> Begin, cpus: u32) {
-    let m = Machine::new(cpus);
+    let m = Machine::beginning(cpus, begin(CODE));
     m.code(CODE, |a| {
         let (mut top, mut bad) = (a.create_label(), a.create_label());
         a.mov(ebx, 1)?;
@@ -313,7 +313,7 @@ fn code_written_in_bulk() {
         a.jne(bad)?;
         a.mov(dword_ptr(VERSIONS + 64), ecx)?;
         a.inc(ecx)?;
-        a.cmp(ecx, 400)?;
+        a.cmp(ecx, 120)?;
         a.jbe(top)?;
         done_with(a, 1)?;
         a.set_label(&mut bad)?;
@@ -327,7 +327,7 @@ fn code_written_in_bulk() {
         // b8 imm32 c3 and zeroes, made elsewhere.
         a.mov(eax, ecx)?;
         a.shl(rax, 8)?;
-        a.mov(rbx, 0xc3_0000_0000_b8u64)?;
+        a.mov(rbx, 0xc300_0000_00b8_u64)?;
         a.or(rax, rbx)?;
         a.mov(qword_ptr(source), rax)?;
         a.mov(r8d, ecx)?;
@@ -354,7 +354,7 @@ fn code_written_in_bulk() {
         a.mov(dword_ptr(VERSIONS), ecx)?;
         wait_for(a, VERSIONS + 64, ecx)?;
         a.inc(ecx)?;
-        a.cmp(ecx, 400)?;
+        a.cmp(ecx, 120)?;
         a.jbe(next)?;
         done_with(a, 1)
     });

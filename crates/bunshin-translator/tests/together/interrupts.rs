@@ -54,7 +54,8 @@ fn each_kind_of_destination() {
         a.jne(others)?;
         // Physical; logical to two; all but self; self; NMI to one; lowest priority to
         // one; nowhere.
-        let sent: [(u32, u32, &[(u64, u32)]); 7] = [
+        type Count = (u64, u32);
+        let sent: [(u32, u32, &[Count]); 7] = [
             (1, 0x4050, &[(0x40, 1)]),
             (6, 0x4850, &[(0x40, 2), (0x80, 1)]),
             (0, 0xc_4050, &[(0x40, 3), (0x80, 2)]),
@@ -182,7 +183,7 @@ fn started_and_restarted() {
         send(a, 1, 0x4600 | (START_UP >> 12) as u32)?;
         a.jmp(sent)?;
         a.set_label(&mut spin)?;
-        send(a, 1, 0x4600 | (START_UP + 0x1000 >> 12) as u32)?;
+        send(a, 1, 0x4600 | ((START_UP + 0x1000) >> 12) as u32)?;
         a.set_label(&mut sent)?;
         wait_for(a, 0x9800, ecx)?;
         // It runs: a second SIPI is not taken.

@@ -103,7 +103,7 @@ fn the_instruction_that_waits_is_replaced() {
 #[test]
 fn stopped_while_both_run() {
     for begin in [Begin::Supervisor(CODE), Begin::User(CODE)] {
-        let m = Machine::new(2);
+        let m = Machine::beginning(2, begin);
         m.code(CODE, |a| {
             let mut top = a.create_label();
             a.set_label(&mut top)?;

@@ -15,7 +15,7 @@
 //! number in rdi.
 use bunshin_core::state::{Segment, Table};
 use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply};
-use bunshin_translator::TranslatorEngine;
+use bunshin_translator::{Effort, TranslatorEngine};
 use iced_x86::code_asm::*;
 use iced_x86::IcedError;
 use std::sync::{mpsc, Arc};
@@ -59,7 +59,17 @@ fn flat(access: u64) -> u64 {
 
 impl Machine {
     pub fn new(cpus: u32) -> Self {
-        let engine = TranslatorEngine::new(cpus).unwrap();
+        Self::with(cpus, Effort::Sampled)
+    }
+
+    /// For processors that begin so: all user code is hot code, which would not live
+    /// long enough to be found.
+    pub fn beginning(cpus: u32, begin: Begin) -> Self {
+        Self::with(cpus, if matches!(begin, Begin::User(_)) { Effort::Always } else { Effort::Sampled })
+    }
+
+    fn with(cpus: u32, effort: Effort) -> Self {
+        let engine = TranslatorEngine::with(cpus, effort).unwrap();
         let region = Region::new(RAM).unwrap();
         engine.map(0, &region, 0, RAM, false).unwrap();
         let m = Self { engine, region, cpus };
@@ -177,15 +187,13 @@ impl Machine {
                 if begin != Begin::Waiting {
                     vcpu.set_state(&state).unwrap();
                 }
-                let result = loop {
-                    match vcpu.run(Reply::None) {
-                        Exit::PioOut { port: DONE, data, .. } => {
-                            let mut b = [0; 4];
-                            b[..data.len().min(4)].copy_from_slice(&data[..data.len().min(4)]);
-                            break Ok(u32::from_le_bytes(b));
-                        }
-                        other => break Err(format!("processor {cpu}: {other:?} at {:#x}", vcpu.state().rip)),
+                let result = match vcpu.run(Reply::None) {
+                    Exit::PioOut { port: DONE, data, .. } => {
+                        let mut b = [0; 4];
+                        b[..data.len().min(4)].copy_from_slice(&data[..data.len().min(4)]);
+                        Ok(u32::from_le_bytes(b))
                     }
+                    other => Err(format!("processor {cpu}: {other:?} at {:#x}", vcpu.state().rip)),
                 };
                 let _ = send.send((cpu as usize, begin, result));
                 // The processor may not go before the others are done.

@@ -92,7 +92,7 @@ fn a_fence_between_store_and_load() {
         },
     ];
     for (n, fence) in fences.into_iter().enumerate() {
-        assert_eq!(store_buffering(X, Y, 1500, fence), 0, "fence {n}");
+        assert_eq!(store_buffering(X, Y, 450, fence), 0, "fence {n}");
     }
 }
 
@@ -120,7 +120,7 @@ fn a_helper_that_serialises_between_store_and_load() {
         },
     ];
     for (n, fence) in fences.into_iter().enumerate() {
-        assert_eq!(store_buffering(X, Y, 600, fence), 0, "fence {n}");
+        assert_eq!(store_buffering(X, Y, 240, fence), 0, "fence {n}");
     }
 }
 
@@ -133,7 +133,7 @@ fn words_in_pages_of_code() {
 
 /// Message passing: who sees the flag sees the data, whatever kind of memory.
 fn message_passing(data: u64, flag: u64, rounds: u32) {
-    let m = Machine::new(2);
+    let m = Machine::beginning(2, Begin::User(CODE));
     m.code(CODE, |a| {
         let (mut writer, mut top) = (a.create_label(), a.create_label());
         a.test(edi, edi)?;
@@ -177,7 +177,7 @@ fn data_before_its_flag() {
 /// Both processors send each other a token through two words, with data beside it.
 #[test]
 fn ping_pong() {
-    let rounds = 2000;
+    let rounds = 300;
     let m = Machine::new(2);
     m.code(CODE, |a| {
         let (mut top, mut bad) = (a.create_label(), a.create_label());

@@ -104,7 +104,7 @@ fn moving(
 #[test]
 fn loads_through_a_moving_page() {
     moving(
-        400,
+        150,
         &[0; 64],
         |a| a.mov(dword_ptr(rdx + 16), 0),
         |a| a.mov(dword_ptr(rdx + 16), 0xbad),
@@ -120,7 +120,7 @@ fn code_in_a_moving_page() {
     // A call from another page is linked; what it leads to moves. `xor eax, eax; ret`
     // or `mov al, 1; ret`.
     moving(
-        400,
+        150,
         &[0x31, 0xc0, 0xc3, 0x90],
         |a| a.mov(dword_ptr(rdx), 0x90c3_c031u32),
         |a| a.mov(dword_ptr(rdx), 0x90c3_01b0u32),
@@ -137,7 +137,7 @@ fn code_in_a_moving_page() {
 fn stores_through_a_moving_page() {
     // Nothing is stored to a home that was left: the word stays as it was spoilt.
     moving(
-        400,
+        150,
         &[0; 64],
         |a| a.mov(dword_ptr(rdx + 32), 0),
         |a| {
