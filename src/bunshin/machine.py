@@ -481,8 +481,10 @@ class Machine:
                     cpu.parked = False
                     self._attention = any(other.calls for other in self._threads)
                     return True
-                cpu.parked = True
-                self._lock.notify_all()
+                if not cpu.parked:
+                    # Once: two that stand still would wake each other for ever.
+                    cpu.parked = True
+                    self._lock.notify_all()
                 self._lock.wait()
 
     def _wake(self) -> None:

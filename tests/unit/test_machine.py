@@ -255,6 +255,27 @@ def test_several_processors(native: Any, kernel: str) -> None:
     assert threading.active_count() == 1
 
 
+def test_processors_that_stand_still_do_not_wake_each_other(
+    native: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.guests = [idle, idle, idle]
+    with Machine(kernel, cpus=3) as machine:
+        machine.start()
+        woken = []
+        notify = machine._lock.notify_all
+
+        def count() -> None:
+            woken.append(threading.current_thread())
+            notify()
+
+        monkeypatch.setattr(machine._lock, "notify_all", count)
+        machine.pause()
+        for cpu in [0, 1, 2] * 10:
+            machine.cpu_registers(cpu)
+        # One to ask and one to answer each, and each processor once.
+        assert len(woken) <= 2 * 30 + 3 + 1
+
+
 def test_stop_from_another_thread(native: Any, kernel: str) -> None:
     native.guests = [idle]
     with Machine(kernel) as machine:
