@@ -7,12 +7,12 @@
 //! stores  the processor may have a store tag for the page, or a store under way to it
 //! ```
 //!
-//! No two processors stand in different words of one page: a store must not pass a
-//! translation unheard. Who is about to store announces itself in `stores`, then looks
-//! at `code`; who is about to translate announces itself in `code`, then looks at
-//! `stores`. Both do so with sequential consistency, so at least one of two that
-//! race sees the other, and calls an exclusive section (`gate.rs`) to sort it out.
-//! A bit in `stores` stays set until such a section: it says may.
+//! A store must not pass another processor's translation unheard. Who is about to
+//! store announces itself in `stores`, then looks at `code`; who is about to translate
+//! announces itself in `code`, then looks at `stores`. Both do so with sequential
+//! consistency, so at least one of two that race sees the other, and calls an
+//! exclusive section (`gate.rs`) to sort it out. A bit in `stores` stays set until
+//! such a section: it says may.
 use std::alloc::{alloc_zeroed, handle_alloc_error, Layout};
 use std::sync::atomic::{AtomicU64, Ordering};
 

@@ -46,6 +46,8 @@ impl Orders {
 pub struct Shared {
     /// `Cpu::pending` in the processor page; 0 once that is gone.
     pending: Mutex<usize>,
+    /// `inside` is kept: there are others.
+    gated: bool,
     /// The owner asked `run` to return.
     pub kicked: AtomicBool,
     pub thread: AtomicU32,
@@ -64,10 +66,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    /// `pending` is used until [`Shared::forget`].
-    pub fn new(pending: *const AtomicU32) -> Self {
+    /// `pending` is used until [`Shared::forget`]; `gated` processors go through the
+    /// gate, the only one of a machine does not.
+    pub fn new(pending: *const AtomicU32, gated: bool) -> Self {
         Self {
             pending: Mutex::new(pending as usize),
+            gated,
             kicked: AtomicBool::new(false),
             thread: AtomicU32::new(0),
             inside: AtomicBool::new(false),
@@ -86,10 +90,14 @@ impl Shared {
                 return;
             }
             // SAFETY: the processor page is mapped until `forget`, which takes the lock.
-            unsafe { &*(*pending as *const AtomicU32) }.swap(1, Ordering::AcqRel)
+            unsafe { &*(*pending as *const AtomicU32) }.swap(1, Ordering::SeqCst)
         };
         *lock(&self.halt) = true;
         self.wake.notify_one();
+        if self.gated && !self.inside.load(Ordering::SeqCst) {
+            // It looks at `pending` after it has come in.
+            return;
+        }
         let thread = self.thread.load(Ordering::Acquire);
         if before == 0 && thread != 0 && thread != signals::thread_id() {
             signals::kick(thread);
@@ -243,7 +251,7 @@ mod tests {
     #[test]
     fn too_many_orders_become_one() {
         let pending = AtomicU32::new(0);
-        let s = Shared::new(&pending);
+        let s = Shared::new(&pending, true);
         assert!(s.take_orders().is_none());
         s.order(Order::DropCode(3));
         s.order(Order::DropCode(3));
@@ -261,7 +269,7 @@ mod tests {
     #[test]
     fn a_processor_that_is_gone_is_left_alone() {
         let pending = Box::new(AtomicU32::new(0));
-        let s = Shared::new(&*pending);
+        let s = Shared::new(&*pending, true);
         s.poke();
         assert_eq!(pending.load(Ordering::Relaxed), 1);
         s.forget();

@@ -205,7 +205,7 @@ impl Vcpu {
         let cpu = regions.cpu;
         // SAFETY: the page is mapped and nobody else uses it yet.
         let pending = unsafe { &raw const (*cpu).pending };
-        let shared = Arc::new(Shared::new(pending));
+        let shared = Arc::new(Shared::new(pending, !crew.single()));
         crew.join(index, shared.clone());
         let crew_start = crew.start;
         let mut v = Box::new(Self {
