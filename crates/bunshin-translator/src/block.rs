@@ -68,8 +68,9 @@ pub struct Heat {
 
 pub struct Block {
     pub key: Key,
-    /// gpa of the second page, if the only instruction crosses into it.
-    pub second: Option<u64>,
+    /// Address and gpa of a second page that it depends on: the only instruction
+    /// crosses into it, or it is hot code on both sides of a page end.
+    pub second: Option<(u64, u64)>,
     /// Guest bytes.
     pub length: u16,
     pub dead: bool,
@@ -169,8 +170,7 @@ impl Vcpu {
         let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
         let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
         let mut global = m.global;
-        if let Some(second) = self.blocks.all[id as usize].second {
-            let next = (va & !0xfff).wrapping_add(4096);
+        if let Some((next, second)) = self.blocks.all[id as usize].second {
             let m2 = self.walk(next, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
             if m2.gpa != second {
                 return None;
@@ -191,8 +191,8 @@ impl Vcpu {
                 let b = &self.blocks.all[id as usize];
                 let r = &mut self.regions.all[self.region];
                 r.jc_set(rip, b.checked, self.stubs.lookup);
-                if b.second.is_some() {
-                    r.runs_in(rip.wrapping_add(4096));
+                if let Some((second, _)) = b.second {
+                    r.runs_in(second);
                 }
                 b.body
             }
@@ -305,7 +305,11 @@ impl Vcpu {
         let page_gpa = gpa & !0xfff;
         let hit = |b: &Block| {
             let start = if b.key.gpa & !0xfff == page_gpa { b.key.gpa & 0xfff } else { 0 };
-            let end = if b.second == Some(page_gpa) {
+            let second = b.second.is_some_and(|s| s.1 == page_gpa);
+            if second && b.heat.is_some() {
+                return true;
+            }
+            let end = if second {
                 (b.key.gpa & 0xfff) + u64::from(b.length) - 4096
             } else {
                 start + u64::from(b.length)

@@ -106,7 +106,9 @@ impl Unit<'_> {
 
     /// The access as base, index and displacement, if it has that form.
     pub(super) fn spot(&self, place: Place, size: u32, write: bool) -> Option<Spot> {
-        if self.bits != 64 || self.bounce || self.mode & mode::ALONE != 0 {
+        // The version that takes over is found by links, which stay inside a page.
+        let near = self.same_page(self.at);
+        if self.bits != 64 || self.bounce || self.mode & mode::ALONE != 0 || !near {
             return None;
         }
         let size = i64::from(size);
@@ -123,9 +125,7 @@ impl Unit<'_> {
                     let plain = disp.unsigned_abs() < 1 << 62;
                     return plain.then_some(Spot { base: None, index: None, disp, size, write });
                 }
-                if base == Register::None
-                    || !base.is_gpr64()
-                    || index != Register::None && !index.is_gpr64()
+                if base == Register::None || !base.is_gpr64() || index != Register::None && !index.is_gpr64()
                 {
                     return None;
                 }

@@ -130,11 +130,27 @@ impl Item {
     }
 }
 
+/// A second page that hot code is looked for in.
+#[derive(Clone, Copy)]
+struct Neighbour {
+    va: u64,
+    gpa: u64,
+    page: usize,
+    host: u64,
+}
+
 /// A block being translated.
 struct Unit<'a> {
     v: &'a mut Vcpu,
     a: Asm,
     bytes: &'a [u8],
+    /// Address of the first of these bytes, and how many may be looked at.
+    base: u64,
+    span: usize,
+    /// The page next to the block's, if the bytes are of both, and whether
+    /// anything depends on it.
+    neighbour: Option<Neighbour>,
+    reached: bool,
     bits: u32,
     mode: u32,
     rip: u64,
@@ -223,6 +239,18 @@ impl Vcpu {
         }
     }
 
+    /// The page next to `rip`'s that a short loop may lie in too, if it was run from.
+    fn neighbour(&mut self, rip: u64) -> Option<Neighbour> {
+        let page = rip & !0xfff;
+        let va = if rip & 0x800 != 0 { page.wrapping_add(4096) } else { page.wrapping_sub(4096) };
+        let gpa = self.walk(va, self.fetcher(), Kind::Fetch).ok()?.gpa;
+        let page = self.phys.page(gpa).filter(|p| self.blocks.by_page.contains_key(p))?;
+        // Stores to it are heard already, or it is left alone.
+        let heard = self.phys.pages.code(page) & self.me() != 0;
+        let host = self.phys.host(gpa)?;
+        heard.then_some(Neighbour { va, gpa, page, host })
+    }
+
     /// None: the first page may have changed while others stood still for the second.
     fn translate_once(&mut self, rip: u64, version: &mut Version) -> Result<Option<u32>, Exception> {
         let alone = *version == Version::Alone;
@@ -246,7 +274,20 @@ impl Vcpu {
         window.clear();
         // SAFETY: a page of guest RAM.
         window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
-        let start = (va & 0xfff) as usize;
+        let mut start = (va & 0xfff) as usize;
+        let mut base = rip & !0xfff;
+        let neighbour = if hot { self.neighbour(rip) } else { None };
+        if let Some(n) = neighbour {
+            // SAFETY: a page of guest RAM.
+            let bytes = unsafe { std::slice::from_raw_parts(n.host as *const u8, 4096) };
+            if n.va > base {
+                window.extend_from_slice(bytes);
+            } else {
+                window.splice(..0, bytes.iter().copied());
+                start += 4096;
+                base = n.va;
+            }
+        }
 
         if !matches!(version, Version::Hot(_)) {
             if let Some(id) = self.revive(&Key { gpa, va: rip, mode }, &window) {
@@ -257,6 +298,7 @@ impl Vcpu {
         }
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
+        let span = window.len();
         let mut items = plan::decode_stretch(&window, start, rip, bits, &mut factory);
         if items.is_empty() {
             // The first instruction crosses into the next page.
@@ -273,15 +315,18 @@ impl Vcpu {
             // SAFETY: guest RAM.
             unsafe { std::ptr::copy_nonoverlapping(h as *const u8, rest.as_mut_ptr(), 16) };
             window.extend_from_slice(&rest);
-            second = Some((page2, m2.gpa));
+            second = Some(Neighbour { va: next, gpa: m2.gpa, page: page2, host: h });
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
             items.push(Item::new(insn, start, &mut factory));
         }
-        let limit = if second.is_some() { window.len() } else { 4096 };
         let mut u = Unit {
             a: std::mem::take(&mut self.asm),
             v: self,
-            bytes: &window[..limit],
+            bytes: &window,
+            base,
+            span,
+            neighbour,
+            reached: false,
             bits,
             mode,
             rip,
@@ -336,8 +381,10 @@ impl Vcpu {
         }
         let guest_length = (plan[0].last().next_ip().wrapping_sub(rip) as u16).max(1);
         for s in &plan[1..] {
-            u.relied.push(((s.ip & 0xfff) as u16, (s.last().next_ip().wrapping_sub(s.ip & !0xfff)) as u16));
+            u.rely(s.ip, s.last().next_ip());
         }
+        u.reached |= (rip & 0xfff) + u64::from(guest_length) > 4096;
+        let reached = u.reached;
         let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, .. } = u;
         for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
@@ -370,10 +417,11 @@ impl Vcpu {
         let mut points: Vec<Point> = points.iter().map(|&(l, p)| Point { host: place(l), ..p }).collect();
         points.sort_by_key(|p| p.host);
         let key = Key { gpa, va: rip, mode };
+        let second = second.or(neighbour.filter(|_| reached));
         self.blocks.points += points.len();
         self.blocks.all.push(Block {
             key,
-            second: second.map(|s| s.1),
+            second: second.map(|s| (s.va, s.gpa)),
             length: guest_length,
             dead: false,
             host: at,
@@ -388,7 +436,7 @@ impl Vcpu {
             heat: hot.then_some(Heat { since: started, slots, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
-        for page in [Some(page), second.map(|s| s.0)].into_iter().flatten() {
+        for page in [Some(page), second.map(|s| s.page)].into_iter().flatten() {
             self.enlist(id, page);
         }
         if perf_map::is_on() {
@@ -427,6 +475,10 @@ impl Vcpu {
             a: std::mem::take(&mut self.asm),
             v: self,
             bytes,
+            base: 0,
+            span: 0,
+            neighbour: None,
+            reached: false,
             bits,
             mode,
             rip: insn.ip(),
@@ -485,8 +537,19 @@ impl<'a> Unit<'a> {
     }
 
     fn offset_of(&self, target: u64) -> Option<usize> {
-        let base = self.rip & !0xfff;
-        (self.mode & mode::BASED == 0 && target & !0xfff == base).then_some((target & 0xfff) as usize)
+        let offset = target.wrapping_sub(self.base) as usize;
+        (self.mode & mode::BASED == 0 && offset < self.span).then_some(offset)
+    }
+
+    /// The translation depends on the bytes of `[from, to)`.
+    fn rely(&mut self, from: u64, to: u64) {
+        let page = self.rip & !0xfff;
+        let (start, end) = (from.wrapping_sub(page) as i64, to.wrapping_sub(page) as i64);
+        // In the neighbour any change counts.
+        self.reached |= start < 0 || end > 4096;
+        if start < 4096 && end > 0 {
+            self.relied.push((start.max(0) as u16, end.min(4096) as u16));
+        }
     }
 
     /// Flags that the code after a stretch may read, except at the addresses
@@ -515,9 +578,10 @@ impl<'a> Unit<'a> {
                 live = ALL;
                 continue;
             };
-            let mut d = decoder(&self.bytes[off..], self.bits, t);
+            let mut d = decoder(&self.bytes[off..self.span], self.bits, t);
             live |= live_ahead(|| d.can_decode().then(|| d.decode()));
-            self.relied.push((off as u16, (off + d.position()) as u16));
+            let to = t.wrapping_add(d.position() as u64);
+            self.rely(t, to);
         }
         live
     }

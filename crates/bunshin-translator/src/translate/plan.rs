@@ -118,14 +118,19 @@ impl Unit<'_> {
                 next += 1;
             }
             let Some(ip) = waiting.pop() else { return };
-            if !self.same_page(ip) || plan.iter().any(|s| s.ip == ip) {
+            let Some(offset) = self.offset_of(ip) else { continue };
+            if plan.iter().any(|s| s.ip == ip) {
                 continue;
             }
-            let key = Key { gpa: gpa & !0xfff | ip & 0xfff, va: ip, mode: self.mode };
+            let page = match self.neighbour {
+                Some(n) if !self.same_page(ip) => n.gpa,
+                _ => gpa & !0xfff,
+            };
+            let key = Key { gpa: page | ip & 0xfff, va: ip, mode: self.mode };
             if left == 0 || plan.len() == STRETCHES || !self.v.blocks.index.contains_key(&key) {
                 continue;
             }
-            let items = decode_stretch(self.bytes, (ip & 0xfff) as usize, ip, self.bits, &mut self.info);
+            let items = decode_stretch(self.bytes, offset, ip, self.bits, &mut self.info);
             if !items.is_empty() {
                 plan.push(Stretch { ip, items, live_out: ALL });
             }
@@ -262,7 +267,7 @@ pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
     (none || i.is_ip_rel_memory_operand()).then(|| i.memory_displacement64())
 }
 
-/// Decode from `ip` on, which lies at `start` of the page, to the end of the stretch.
+/// Decode from `ip` on, which lies at `start` of the bytes, to the end of the stretch.
 pub(super) fn decode_stretch(
     bytes: &[u8],
     start: usize,
@@ -271,7 +276,7 @@ pub(super) fn decode_stretch(
     factory: &mut InstructionInfoFactory,
 ) -> Vec<Item> {
     let mut items = Vec::with_capacity(16);
-    let mut d = decoder(&bytes[start..bytes.len().min(4096)], bits, ip);
+    let mut d = decoder(&bytes[start..], bits, ip);
     while items.len() < MOST && d.can_decode() {
         let at = start + d.position();
         let insn = exchange(d.decode(), &bytes[at..]);
