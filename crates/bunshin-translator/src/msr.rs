@@ -212,11 +212,12 @@ impl Vcpu {
     }
 
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) {
-        for (k, chunk) in bytes.chunks(8).enumerate() {
-            let at = gpa + 8 * k as u64;
+        // Callers' structures are aligned to 4 bytes.
+        for (k, chunk) in bytes.chunks(4).enumerate() {
+            let at = gpa + 4 * k as u64;
             self.code_changed(at, chunk.len() as u64, crate::block::Written::Soon);
             if let Some(h) = self.phys.host(at) {
-                // SAFETY: 8-byte pieces of an 8-aligned structure stay inside a page.
+                // SAFETY: 4-byte pieces of a 4-aligned structure stay inside a page.
                 unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), h as *mut u8, chunk.len()) };
             }
         }
@@ -249,7 +250,7 @@ impl Vcpu {
         b[24..28].copy_from_slice(&mul.to_le_bytes());
         b[28] = shift as u8;
         b[29] = 1; // the counters of all processors agree
-        self.write_physical(msr & !7, &b);
+        self.write_physical(msr & !3, &b);
     }
 
     /// struct pvclock_wall_clock: time of day at system time zero.
@@ -263,6 +264,7 @@ impl Vcpu {
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());
         b[8..12].copy_from_slice(&((start % 1_000_000_000) as u32).to_le_bytes());
-        self.write_physical(gpa & !7, &b[..12]);
+        // Unlike the clock's, this structure is only aligned to its 32-bit members.
+        self.write_physical(gpa & !3, &b[..12]);
     }
 }
