@@ -84,6 +84,8 @@ pub struct Block {
     /// Entry for linked jumps.
     pub body: u64,
     pub points: Box<[Point]>,
+    /// Highest offset in the code segment that the translation took for valid.
+    pub reach: u64,
     /// Further byte ranges of the page that the translation relied on.
     pub relied: Vec<(u16, u16)>,
     /// Constants of the guest's code in it.
@@ -178,6 +180,9 @@ impl Vcpu {
         let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
         let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
         let mut global = m.global;
+        if self.blocks.all[id as usize].reach > self.code_limit() {
+            return None;
+        }
         if let Some(second) = self.blocks.all[id as usize].second {
             let next = (va & !0xfff).wrapping_add(4096);
             let m2 = self.walk(next, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;

@@ -244,6 +244,8 @@ pub struct Region {
     /// Mode bits and base of CS for which the jump cache is valid.
     pub mode: u32,
     pub cs_base: u64,
+    /// Limit of CS, where `mode` says that there is one.
+    pub cs_limit: u32,
     /// PCID that owns a user region.
     pub owner: Option<u16>,
     pub last_use: u64,
@@ -507,6 +509,7 @@ impl Regions {
                     huge: false,
                     mode: u32::MAX,
                     cs_base: 0,
+                    cs_limit: u32::MAX,
                     owner: None,
                     last_use: 0,
                     slots: 0,
@@ -825,7 +828,8 @@ impl Vcpu {
         }
         let size = u64::from(info & 0xfff);
         let write = info & INFO_WRITE != 0;
-        if (va & 0xfff) + size > 4096 {
+        let astray = va >> 32 != 0 && !self.cpu().code64();
+        if (va & 0xfff) + size > 4096 || astray {
             return Filled::Slow;
         }
         let kind = if write { Kind::Write } else { Kind::Read };
@@ -996,12 +1000,17 @@ impl Vcpu {
         self.region = i;
         let mode = self.mode();
         let miss = self.stubs.lookup;
-        let cs_base = if self.cpu().code64() { 0 } else { self.cpu().seg[1].base };
+        let (cs_base, cs_limit) = if self.cpu().code64() {
+            (0, u32::MAX)
+        } else {
+            (self.cpu().seg[1].base, self.cpu().seg[1].limit)
+        };
         let r = &mut self.regions.all[i];
-        if r.mode != mode || r.cs_base != cs_base {
-            let moved = r.cs_base != cs_base;
+        if r.mode != mode || r.cs_base != cs_base || r.cs_limit != cs_limit {
+            let moved = r.cs_base != cs_base || r.cs_limit != cs_limit;
             r.mode = mode;
             r.cs_base = cs_base;
+            r.cs_limit = cs_limit;
             r.flush_jc(miss);
             if moved && i == 0 {
                 // The same rip is other code now.

@@ -26,6 +26,17 @@ impl Vcpu {
     /// Fetch and decode the instruction at rip.
     pub fn fetch(&mut self) -> Result<Instruction, Exception> {
         let rip = self.cpu().rip;
+        if rip > self.code_limit() {
+            return Err(Exception::gp());
+        }
+        let i = self.fetch_unlimited(rip)?;
+        if !self.cpu().code64() && i.next_ip() > self.code_limit() + 1 {
+            return Err(Exception::gp());
+        }
+        Ok(i)
+    }
+
+    fn fetch_unlimited(&mut self, rip: u64) -> Result<Instruction, Exception> {
         let va = self.linear_rip(rip);
         let mut b = [0u8; 15];
         let first = (4096 - (va & 0xfff)).min(15) as usize;
@@ -229,7 +240,7 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
         | M::Prefetchit1 => return Ok(Flow::Next),
         M::Reservednop if i.op0_kind() == OpKind::Memory => return Ok(Flow::Next),
         M::Clflush | M::Clflushopt | M::Clwb => {
-            let (va, who) = (v.operand_address(i), v.data_access());
+            let (va, who) = (v.operand_at(i, 0, 1, Kind::Read)?, v.data_access());
             v.load(va, 1, who)?;
             return Ok(Flow::Next);
         }
@@ -244,6 +255,9 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     if i.flow_control() == iced_x86::FlowControl::ConditionalBranch {
         let taken = condition(v.cpu().arith(), i.condition_code() as u8 - 1);
+        if taken {
+            v.reachable(i.near_branch_target())?;
+        }
         v.cpu_mut().rip = if taken { i.near_branch_target() } else { i.next_ip() };
         return Ok(Flow::Jump);
     }
@@ -269,9 +283,7 @@ fn condition(f: u32, cc: u8) -> bool {
 }
 
 fn lea(v: &mut Vcpu, i: &Instruction) -> Done {
-    let seg = Vcpu::segment_index(i.memory_segment());
-    let x = v.operand_address(i).wrapping_sub(v.base_of(seg));
-    let x = if v.cpu().code64() { x } else { x & 0xffff_ffff };
+    let x = v.operand_offset(i, 0);
     v.set_reg(i.op0_register(), x);
     Ok(Flow::Next)
 }
@@ -326,7 +338,15 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let m = i.mnemonic();
     let who = v.data_access();
-    let mut va = v.operand_address(i);
+    let access = {
+        let mut f = InstructionInfoFactory::new();
+        let info = f.info(i);
+        (0..i.op_count())
+            .find(|&n| i.op_kind(n) == OpKind::Memory)
+            .map_or(OpAccess::None, |n| info.op_access(n))
+    };
+    let kind = if writes(access) { Kind::Write } else { Kind::Read };
+    let mut behind = 0;
     if interp::bit_string(i) {
         let size = i.op1_register().size();
         let off = v.reg(i.op1_register());
@@ -335,21 +355,16 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             4 => i64::from(off as i32) >> 5,
             _ => off as i64 >> 6,
         };
-        va = v.operand_behind(i, (off * size as i64) as u64);
+        behind = (off * size as i64) as u64;
         if size == 2 {
+            let va = v.operand_at(i, behind, size, kind)?;
             return bit16(v, i, va);
         }
     }
     if is_xsave(m) || is_xrstor(m) {
+        let va = v.operand_at(i, 0, 576, if is_xsave(m) { Kind::Write } else { Kind::Read })?;
         return xsave(v, i, bytes, va);
     }
-    let access = {
-        let mut f = InstructionInfoFactory::new();
-        let info = f.info(i);
-        (0..i.op_count())
-            .find(|&n| i.op_kind(n) == OpKind::Memory)
-            .map_or(OpAccess::None, |n| info.op_access(n))
-    };
     let size = match i.memory_size() {
         MemorySize::Unknown => 0,
         s => s.size(),
@@ -358,11 +373,12 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
         return Ok(Flow::Next);
     }
+    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
+    let va = if mask != 0 { v.operand_at(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
     if waits(i) {
         // An exception that the FPU has pending comes before those of the operand.
         v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
     }
-    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
     // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
     let narrow = !v.cpu().code64() && i.op_mask() == Register::None;
     let wrap = if narrow { 0xffff_ffff } else { u64::MAX };
@@ -373,7 +389,6 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if mask != 0 && misaligned(v, i, va, size) {
         return Err(gp());
     }
-    let kind = if writes(access) { Kind::Write } else { Kind::Read };
     // What long operands look at before the rest: so many bytes of the start,
     // and the last one.
     let (first, last) = match n {
@@ -428,8 +443,10 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
 /// MOV between memory and a general register or an immediate: what drivers use on
 /// devices, so it goes without a snippet.
 fn plain(v: &mut Vcpu, i: &Instruction) -> Done {
-    let (va, size, who) = (v.operand_address(i), i.memory_size().size(), v.data_access());
-    if i.op0_kind() == OpKind::Memory {
+    let store = i.op0_kind() == OpKind::Memory;
+    let (size, who) = (i.memory_size().size(), v.data_access());
+    let va = v.operand_at(i, 0, size, if store { Kind::Write } else { Kind::Read })?;
+    if store {
         let x = v.operand(i, 1)?;
         v.store(va, size, x, who)?;
     } else {
@@ -701,6 +718,7 @@ fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
     };
     let who = v.data_access();
     let count = if mmx { 8 } else { 16 };
+    v.check_segment(seg, di, count, Kind::Write)?;
     let at = |v: &Vcpu, k: usize| v.linear(seg, di.wrapping_add(k as u64));
     if mmx {
         // Like any MMX instruction it enters MMX state, even if it then faults;
@@ -853,12 +871,13 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
             .wrapping_add((x as u64).wrapping_mul(u64::from(i.memory_index_scale())))
             .wrapping_add(i.memory_displacement64());
         let off = if i.memory_base().size() == 4 || !v.cpu().code64() { off & 0xffff_ffff } else { off };
-        let va = v.linear(seg, off);
         let r = if scatter {
-            v.write_as(va, &out[k * n..k * n + n], who)
+            v.segment_at(seg, off, n, Kind::Write).and_then(|va| v.write_as(va, &out[k * n..k * n + n], who))
         } else {
             let mut b = [0; 8];
-            v.read_as(va, &mut b[..n], who).map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
+            v.segment_at(seg, off, n, Kind::Read)
+                .and_then(|va| v.read_as(va, &mut b[..n], who))
+                .map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
         };
         if let Err(e) = r {
             failed = Some(e);

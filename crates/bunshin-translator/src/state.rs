@@ -51,6 +51,7 @@ impl Vcpu {
 
     /// Everything derived from control registers.
     fn settle(&mut self) {
+        self.refresh_reach();
         self.flush_tlb_all();
         for r in &mut self.regions.all {
             r.owner = None;

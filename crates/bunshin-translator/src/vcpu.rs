@@ -29,7 +29,7 @@ pub mod mode {
     const BITS: u32 = 3;
     /// Privilege level 3.
     pub const USER: u32 = 4;
-    /// Some segment base of CS, DS, ES, SS is not zero.
+    /// The base of CS is not zero.
     pub const BASED: u32 = 8;
     /// CR4.FSGSBASE is clear.
     pub const NO_FSGSBASE: u32 = 16;
@@ -37,6 +37,14 @@ pub mod mode {
     pub const UMIP: u32 = 32;
     /// CR4.TSD is set.
     pub const TSD: u32 = 64;
+
+    /// In 16- or 32-bit code: DS, ES or SS is not flat, or the stack pointer has not
+    /// the code's size.
+    pub const LIMITED: u32 = 256;
+    /// CS ends before 4 GiB.
+    pub const CODE_LIMITED: u32 = 512;
+    /// Privilege level 1 or 2.
+    pub const MIDDLE: u32 = 1024;
 
     /// The version of a block in which no accesses share a probe.
     pub const ALONE: u32 = 128;
@@ -299,6 +307,8 @@ impl Vcpu {
         c.mask63 = 63;
         c.pages = !0xfff;
         c.mask31 = 31;
+        c.sign = 1 << 63;
+        c.astray = [1 << 32, 0];
         v.reset();
         Ok(v)
     }
@@ -323,11 +333,21 @@ impl Vcpu {
         } else {
             mode::BITS16
         };
-        if c.cpl == 3 {
-            m |= mode::USER;
-        }
-        if m & 3 != mode::BITS64 && (0..4).any(|n| c.seg[n].base != 0) {
-            m |= mode::BASED;
+        m |= match c.cpl {
+            0 => 0,
+            3 => mode::USER,
+            _ => mode::MIDDLE,
+        };
+        if m & 3 != mode::BITS64 {
+            if c.seg[1].base != 0 {
+                m |= mode::BASED;
+            }
+            if c.seg[1].limit != u32::MAX {
+                m |= mode::CODE_LIMITED;
+            }
+            if !(c.seg[0].flat() && c.seg[2].flat() && c.seg[3].flat()) || c.seg[2].big() != c.seg[1].big() {
+                m |= mode::LIMITED;
+            }
         }
         if c.cr4 & (1 << 16) == 0 {
             m |= mode::NO_FSGSBASE;
@@ -970,8 +990,7 @@ fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
         }
         Filled::Retry => 1,
         Filled::Fault(e) => {
-            // Frames of other modes are rarer, and built with allocations.
-            if !v.cpu().long_mode() || v.cpu().eflags & TF != 0 {
+            if v.cpu().eflags & TF != 0 {
                 return 0;
             }
             v.locate_rip();

@@ -1,11 +1,14 @@
 //! Control registers, model-specific registers, CPUID, time, TLB control, HLT.
 use super::{Done, Flow};
+use crate::cpu::{VIF, VIP, VM};
 use crate::mmu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::Exit;
 use iced_x86::{Instruction, Mnemonic as M, Register};
 
 const CR0_VALID: u64 = 0xe005_003f;
+const CR4_VME: u64 = 1;
+const CR4_PVI: u64 = 2;
 const CR4_SUPPORTED: u64 =
     0x7f | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | CR4_PCIDE | 1 << 18 | CR4_SMEP | CR4_SMAP;
 
@@ -105,6 +108,7 @@ impl Vcpu {
         if (old ^ new) & (CR0_PG | CR0_WP | 1) != 0 {
             self.flush_tlb_all();
         }
+        self.refresh_reach();
         self.select_region();
         Ok(())
     }
@@ -141,13 +145,23 @@ pub fn lmsw(v: &mut Vcpu, i: &Instruction) -> Done {
     Ok(Flow::Jump)
 }
 
-/// CLI and STI where IOPL decides.
+/// CLI and STI where IOPL decides, or CR4.VME and PVI give a virtual flag.
 pub fn interrupt_flag(v: &mut Vcpu, i: &Instruction) -> Done {
     let c = v.cpu_mut();
-    if c.cpl > c.iopl() {
+    let set = i.mnemonic() == M::Sti;
+    if c.cr0 & 1 == 0 || c.cpl <= c.iopl() {
+        c.iflag = u8::from(set);
+        return Ok(Flow::Next);
+    }
+    let virtual_flag = if c.eflags & VM != 0 { c.cr4 & CR4_VME } else { c.cr4 & CR4_PVI };
+    if c.cpl != 3 || virtual_flag == 0 || set && c.eflags & VIP != 0 {
         return Err(gp());
     }
-    c.iflag = u8::from(i.mnemonic() == M::Sti);
+    if set {
+        c.eflags |= VIF;
+    } else {
+        c.eflags &= !VIF;
+    }
     Ok(Flow::Next)
 }
 
@@ -201,7 +215,7 @@ pub fn invlpg(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn invpcid(v: &mut Vcpu, i: &Instruction) -> Done {
     v.supervisor()?;
-    let va = v.operand_address(i);
+    let va = v.operand_at(i, 0, 16, Kind::Read)?;
     let who = v.data_access();
     let (low, address) = (v.load(va, 8, who)?, v.load(va.wrapping_add(8), 8, who)?);
     let kind = v.reg(i.op0_register());

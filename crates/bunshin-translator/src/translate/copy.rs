@@ -67,7 +67,8 @@ impl Unit<'_> {
             }
             let place = if bit_string {
                 // Short addresses wrap with the offset added.
-                if i.op1_register().size() == 2 || 8 * crate::interp::address_size(i) < self.bits as usize {
+                let short = 8 * crate::interp::address_size(i) < self.bits as usize;
+                if i.op1_register().size() == 2 || short || self.examined(i) {
                     return self.helper(i);
                 }
                 Place::Bits(i)

@@ -181,6 +181,9 @@ struct Unit<'a> {
     bounce: bool,
     /// Index of the instruction being written, for `points`.
     guest: i16,
+    /// Highest offset that code may have, and that this block took for valid.
+    code_limit: u64,
+    reach: u64,
 }
 
 /// Memory accesses from the first instruction on before the flags are read or
@@ -218,6 +221,10 @@ impl Vcpu {
     pub fn translate(&mut self, rip: u64, version: &mut Version) -> Result<u32, Exception> {
         let alone = *version == Version::Alone;
         let started = bunshin_core::clock::rdtsc();
+        let code_limit = self.code_limit();
+        if rip > code_limit {
+            return Err(Exception::gp());
+        }
         let va = self.linear_rip(rip);
         let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
         let gpa = m.gpa | (va & 0xfff);
@@ -247,8 +254,10 @@ impl Vcpu {
         }
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
-        let mut items = plan::decode_stretch(&window, start, rip, bits, &mut factory);
-        if items.is_empty() {
+        let mut items = plan::decode_stretch(&window, start, rip, bits, code_limit, &mut factory);
+        let first = decode(&window[start..(start + 15).min(window.len())], bits, rip);
+        let mut outside = first.code() != Code::INVALID && first.next_ip().wrapping_sub(1) > code_limit;
+        if items.is_empty() && !outside {
             // The first instruction crosses into the next page.
             let next = (va & !0xfff).wrapping_add(4096);
             let m2 = self.walk(next, self.fetcher(), Kind::Fetch)?;
@@ -261,7 +270,15 @@ impl Vcpu {
             window.extend_from_slice(&rest);
             second = Some(m2.gpa);
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
-            items.push(Item::new(insn, start, &mut factory));
+            outside = bits != 64 && insn.next_ip() > code_limit + 1;
+            if !outside {
+                items.push(Item::new(insn, start, &mut factory));
+            }
+        }
+        if items.is_empty() {
+            self.factory = Some(factory);
+            self.window = window;
+            return Err(Exception::gp());
         }
         let limit = if second.is_some() { window.len() } else { 4096 };
         let mut u = Unit {
@@ -298,6 +315,8 @@ impl Vcpu {
             now: 0,
             bounce: false,
             guest: 0,
+            code_limit,
+            reach: 0,
         };
         u.a.clear();
         let mut plan = vec![Stretch { ip: rip, items, live_out: ALL }];
@@ -321,7 +340,10 @@ impl Vcpu {
         for s in &plan[1..] {
             u.relied.push(((s.ip & 0xfff) as u16, (s.last().next_ip().wrapping_sub(s.ip & !0xfff)) as u16));
         }
-        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, .. } = u;
+        let Unit {
+            a, points, sites, relied, info, slots, lesson, entries, homes, patches, reach, ..
+        } = u;
+        let end = plan.iter().map(|s| s.last().next_ip().wrapping_sub(1)).max().unwrap_or(0);
         for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
         }
@@ -364,6 +386,7 @@ impl Vcpu {
             checked: at,
             body: at + u64::from(body),
             points: points.into_boxed_slice(),
+            reach: if bits == 64 { 0 } else { reach.max(end) },
             relied,
             incoming: NONE,
             moved: homes.moved().into(),
@@ -445,6 +468,8 @@ impl Vcpu {
             now: 0,
             bounce: true,
             guest: 0,
+            code_limit: u64::MAX,
+            reach: 0,
         };
         u.a.clear();
         u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
@@ -533,6 +558,16 @@ impl<'a> Unit<'a> {
         self.points.push((self.a.here(), p));
     }
 
+    /// A branch to `target` leaves the code segment, or needs more than the 16 bits
+    /// that jumps of 16-bit code are translated for.
+    fn strays(&mut self, target: u64) -> bool {
+        let most = if self.bits == 16 { self.code_limit.min(0xffff) } else { self.code_limit };
+        if target <= most {
+            self.reach = self.reach.max(target);
+        }
+        target > most
+    }
+
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
         self.group = None;
@@ -610,6 +645,7 @@ impl<'a> Unit<'a> {
             }
             self.recipe = None;
         }
+        let strays = self.bits != 64 && near(i) && self.strays(i.near_branch_target());
         if let Some(by) = self.moves_stack(item).filter(|by| (self.stack + by).unsigned_abs() < 1 << 20) {
             self.stack += by;
             self.flags = Flags::Dead;
@@ -618,7 +654,7 @@ impl<'a> Unit<'a> {
         if self.wants_stack(i) {
             self.settle_stack();
         }
-        if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
+        if i.code() == Code::INVALID || strays || crate::interp::wants_helper(i, self.mode) {
             self.helper(i);
             if ends(i) {
                 // The helper itself jumps; this is for the ones that fall through.

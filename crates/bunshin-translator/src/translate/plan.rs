@@ -125,7 +125,14 @@ impl Unit<'_> {
             if left == 0 || plan.len() == STRETCHES || !self.v.blocks.index.contains_key(&key) {
                 continue;
             }
-            let items = decode_stretch(self.bytes, (ip & 0xfff) as usize, ip, self.bits, &mut self.info);
+            let items = decode_stretch(
+                self.bytes,
+                (ip & 0xfff) as usize,
+                ip,
+                self.bits,
+                self.code_limit,
+                &mut self.info,
+            );
             if !items.is_empty() {
                 plan.push(Stretch { ip, items, live_out: ALL });
             }
@@ -262,12 +269,14 @@ pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
     (none || i.is_ip_rel_memory_operand()).then(|| i.memory_displacement64())
 }
 
-/// Decode from `ip` on, which lies at `start` of the page, to the end of the stretch.
+/// Decode from `ip` on, which lies at `start` of the page, to the end of the stretch or
+/// to `limit`, the highest offset that code may have.
 pub(super) fn decode_stretch(
     bytes: &[u8],
     start: usize,
     ip: u64,
     bits: u32,
+    limit: u64,
     factory: &mut InstructionInfoFactory,
 ) -> Vec<Item> {
     let mut items = Vec::with_capacity(16);
@@ -276,6 +285,9 @@ pub(super) fn decode_stretch(
         let at = start + d.position();
         let insn = exchange(d.decode(), &bytes[at..]);
         if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
+            break;
+        }
+        if insn.next_ip().wrapping_sub(1) > limit {
             break;
         }
         let end = ends(&insn);
