@@ -181,7 +181,14 @@ class Machine:
             self.bus.serve_by(self._dispatch)
             self._lines = IrqLines(self._engine.set_irq)
             self.console = Console(self._type, lambda: self.board.com1.waiting, console)
-            self.board = SmallBoard(self.bus, self._lines, self.clock, self.console.feed, self._guest_ended)
+            self.board = SmallBoard(
+                self.bus,
+                self._lines,
+                self.clock,
+                self.console.feed,
+                self._guest_ended,
+                self._engine.set_a20,
+            )
             attach(devices, self.bus, self._lines)
         except BaseException:
             self.clock.close()

@@ -31,6 +31,8 @@ pub struct TranslatorEngine {
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
     effort: Effort,
     exact_flags: AtomicBool,
+    /// The A20 gate is open.
+    a20: Arc<AtomicBool>,
 }
 
 impl TranslatorEngine {
@@ -76,6 +78,7 @@ impl TranslatorEngine {
                 doorbells: Arc::default(),
                 effort,
                 exact_flags: AtomicBool::new(false),
+                a20: Arc::new(AtomicBool::new(true)),
             }
         });
         Ok(engine)
@@ -112,6 +115,7 @@ impl Engine for TranslatorEngine {
             &mut shared,
         )?;
         v.doorbells = self.doorbells.clone();
+        v.gate = self.a20.clone();
         v.effort = self.effort;
         v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
         let _ = self.cpus[index as usize].set(shared.unwrap());
@@ -159,6 +163,13 @@ impl Engine for TranslatorEngine {
 
     fn set_irq(&self, gsi: u32, level: bool) {
         self.chips.set_irq(gsi, level);
+    }
+
+    fn set_a20(&self, open: bool) {
+        self.a20.store(open, Ordering::Release);
+        for s in self.cpus.iter().filter_map(OnceLock::get) {
+            s.poke();
+        }
     }
 
     fn send_msi(&self, address: u64, data: u32) {

@@ -651,7 +651,7 @@ impl Vcpu {
         let c = self.cpu();
         let (cr0, cr3, cr4, efer) = (c.cr0, c.cr3, c.cr4, c.efer);
         if cr0 & CR0_PG == 0 {
-            let gpa = va & 0xffff_ffff & !0xfff;
+            let gpa = va & 0xffff_ffff & !0xfff & self.lines;
             return Ok(Mapping { gpa, store: true, user: true, global: false, bits: 12 });
         }
         self.counters.walks += 1;
@@ -733,7 +733,7 @@ impl Vcpu {
                 e & ADDRESS & !((1u64 << bits) - 1)
             };
             return Ok(Mapping {
-                gpa: base | (va & ((1u64 << bits) - 1) & !0xfff),
+                gpa: (base | (va & ((1u64 << bits) - 1) & !0xfff)) & self.lines,
                 store: may_store && dirty,
                 user,
                 global: e & G != 0 && cr4 & CR4_PGE != 0,
@@ -743,7 +743,7 @@ impl Vcpu {
     }
 
     fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {
-        let host = self.phys.host(gpa)?;
+        let host = self.phys.host(gpa & self.lines)?;
         // SAFETY: entries are aligned and inside guest RAM.
         Some(unsafe {
             if wide {
@@ -755,7 +755,7 @@ impl Vcpu {
     }
 
     fn set_entry(&self, gpa: u64, wide: bool, bits: u64) {
-        if let Some(host) = self.phys.host(gpa) {
+        if let Some(host) = self.phys.host(gpa & self.lines) {
             // SAFETY: as in `read_entry`.
             unsafe {
                 if wide {

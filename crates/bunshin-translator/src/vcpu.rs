@@ -187,6 +187,9 @@ pub struct Vcpu {
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     /// Translate as if every arithmetic flag were read.
     pub exact_flags: bool,
+    /// The A20 gate is open, and the bits of a gpa that it lets through here so far.
+    pub gate: Arc<AtomicBool>,
+    pub lines: u64,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -290,6 +293,8 @@ impl Vcpu {
             boot_ns: clock::now_ns(),
             doorbells: Arc::default(),
             exact_flags: false,
+            gate: Arc::new(AtomicBool::new(true)),
+            lines: u64::MAX,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -811,6 +816,10 @@ impl Vcpu {
             }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
+            }
+            let lines = if self.gate.load(Ordering::Acquire) { u64::MAX } else { !(1 << 20) };
+            if std::mem::replace(&mut self.lines, lines) != lines {
+                self.flush_tlb_all();
             }
             let changed = std::mem::take(&mut *self.shared.changed.lock().unwrap());
             for (gpa, length) in changed {

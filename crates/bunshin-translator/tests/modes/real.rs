@@ -173,3 +173,30 @@ fn the_stack_pointer_wraps() {
     assert_eq!(m.state.gpr[3] & 0xffff, 0x1234);
     assert_eq!(m.word(0xfffe) & 0xffff, 0x1234);
 }
+
+#[test]
+fn a_closed_a20_gate_wraps_at_one_megabyte() {
+    for paging in [false, true] {
+        let mut m = if paging { Machine::protected() } else { Machine::real() };
+        m.put(0x10_0500, &[0x11]);
+        m.put(0x500, &[0x22]);
+        if paging {
+            // One page of 4 MiB, mapped onto itself.
+            m.put(0x7000, &0x83u32.to_le_bytes());
+            m.state.cr3 = 0x7000;
+            m.state.cr4 |= 0x10;
+            m.state.cr0 |= 1 << 31;
+            m.code(|a| a.mov(al, byte_ptr(0x10_0500u32)));
+        } else {
+            m.state.segments[3] = segment(0xffff, 0xf_fff0, 0xffff, 0x93);
+            m.code(|a| a.mov(al, byte_ptr(0x510)));
+        }
+        let start = m.state.clone();
+        for (open, wanted) in [(true, 0x11), (false, 0x22), (true, 0x11)] {
+            m.engine.set_a20(open);
+            m.state = start.clone();
+            assert_eq!(m.run(), End::Done);
+            assert_eq!(m.state.gpr[0] & 0xff, wanted, "open {open}, paging {paging}");
+        }
+    }
+}
