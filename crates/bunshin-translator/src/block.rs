@@ -303,6 +303,16 @@ impl Vcpu {
         self.counters.killed += 1;
     }
 
+    /// Drop the translations that were made in a mode with `bit`, for good.
+    pub fn forget_mode(&mut self, bit: u32) {
+        self.graves.retain(|key, _| key.mode & bit == 0);
+        for id in 0..self.blocks.all.len() as u32 {
+            if self.blocks.all[id as usize].key.mode & bit != 0 {
+                self.kill(id);
+            }
+        }
+    }
+
     /// Guest memory `[gpa, gpa + length)` inside one page is about to change, or has:
     /// drop the translations that were made from it.
     pub fn code_changed(&mut self, gpa: u64, length: u64, written: Written) {

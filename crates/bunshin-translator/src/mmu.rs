@@ -774,8 +774,8 @@ impl Vcpu {
         let host = s.host + (m.gpa - s.gpa);
         let page = s.first + ((m.gpa - s.gpa) >> 12) as usize;
         let readonly = s.readonly;
-        let store = m.store && !readonly && !self.phys.code[page];
-        if write && !store {
+        let store = m.store && !readonly && !self.phys.code[page] && !self.watched(va, Kind::Write);
+        if write && !store || self.watched(va, Kind::Read) {
             return false;
         }
         let index = (va >> 12) as u16;
@@ -852,6 +852,9 @@ impl Vcpu {
     ) -> std::result::Result<(Option<u64>, u64), Exception> {
         let own = who == self.who();
         if own && kind != Kind::Fetch {
+            if self.armed.data {
+                self.note_access(va, size, kind);
+            }
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
                 return Ok((Some(h), 0));
             }

@@ -51,6 +51,8 @@ impl Vcpu {
 
     /// Everything derived from control registers.
     fn settle(&mut self) {
+        self.arm_breakpoints();
+        self.met = 0;
         self.refresh_reach();
         self.flush_tlb_all();
         for r in &mut self.regions.all {

@@ -3,7 +3,8 @@
 use crate::block::{Blocks, Key, NumberMap, Written};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
-use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
+use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
+use crate::interp::debug::Armed;
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
@@ -43,6 +44,8 @@ pub mod mode {
     pub const LIMITED: u32 = 256;
     /// CS ends before 4 GiB.
     pub const CODE_LIMITED: u32 = 512;
+    /// Breakpoints on code are armed.
+    pub const DEBUG: u32 = 2048;
     /// Privilege level 1 or 2.
     pub const MIDDLE: u32 = 1024;
 
@@ -68,7 +71,12 @@ pub struct HelperEntry {
 
 impl HelperEntry {
     pub fn new(insn: Instruction) -> Self {
-        Self { helper: interp::helper(&insn), family: Family::of(&insn), insn }
+        Self::by(insn, interp::helper(&insn))
+    }
+
+    /// Something else to do for it.
+    pub fn by(insn: Instruction, helper: Helper) -> Self {
+        Self { helper, family: Family::of(&insn), insn }
     }
 }
 
@@ -190,6 +198,9 @@ pub struct Vcpu {
     /// The A20 gate is open, and the bits of a gpa that it lets through here so far.
     pub gate: Arc<AtomicBool>,
     pub lines: u64,
+    /// Breakpoints that are armed, and those that the present instruction met.
+    pub armed: Armed,
+    pub met: u8,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -295,6 +306,8 @@ impl Vcpu {
             exact_flags: false,
             gate: Arc::new(AtomicBool::new(true)),
             lines: u64::MAX,
+            armed: Armed::default(),
+            met: 0,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -359,6 +372,9 @@ impl Vcpu {
         }
         if c.cr4 & (1 << 11) != 0 {
             m |= mode::UMIP;
+        }
+        if self.armed.code {
+            m |= mode::DEBUG;
         }
         if c.cr4 & 4 != 0 {
             m |= mode::TSD;
@@ -445,9 +461,14 @@ impl Vcpu {
                     continue;
                 }
             }
-            if self.cpu().eflags & TF != 0 {
-                if let Some(e) = self.step() {
-                    return e;
+            if self.cpu().eflags & (TF | RF) != 0 || self.cpu().shadow != 0 {
+                match self.code_breakpoint() {
+                    Some(e) => self.deliver(e),
+                    None => {
+                        if let Some(e) = self.step() {
+                            return e;
+                        }
+                    }
                 }
                 inside = false;
                 continue;
@@ -661,8 +682,15 @@ impl Vcpu {
         self.answer_next = 0;
         let out = self.outbox.len();
         let before = self.cpu().eflags & TF;
+        let shadow = std::mem::take(&mut self.cpu_mut().shadow);
         let r = (helper.run)(self, insn);
         self.may_exit = false;
+        if matches!(r, Err(Trap::Exit(_))) {
+            // It runs again, and what it met is met again.
+            self.cpu_mut().shadow = shadow;
+        } else if shadow != 0 && self.cpu().shadow == interp::debug::AFTER_SS {
+            self.cpu_mut().shadow = 0;
+        }
         self.finish(insn, r, out, before)
     }
 
@@ -676,16 +704,19 @@ impl Vcpu {
         match r {
             Ok(flow) => {
                 self.answers.clear();
-                self.cpu_mut().shadow = 0;
                 if flow == Flow::Next {
                     self.cpu_mut().rip = insn.next_ip();
                 }
                 // INT n and SYSCALL clear TF and do not trap; POPF and IRET do.
                 let restores =
                     matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
-                if traced != 0 && (restores || self.cpu().eflags & TF != 0) {
-                    self.cpu_mut().dr[6] |= 1 << 14;
-                    self.deliver(Exception::new(crate::mmu::DB));
+                if !restores {
+                    self.cpu_mut().eflags &= !RF;
+                }
+                let traced = traced != 0 && (restores || self.cpu().eflags & TF != 0);
+                let sequential = self.cpu().rip == insn.next_ip();
+                if let Some(e) = self.due(traced, sequential) {
+                    self.deliver(e);
                     return Ok(false);
                 }
                 Ok(flow == Flow::Next)
@@ -693,7 +724,7 @@ impl Vcpu {
             Err(Trap::Fault(e)) => {
                 self.answers.clear();
                 self.outbox.truncate(out);
-                self.cpu_mut().shadow = 0;
+                self.met = 0;
                 self.deliver(e.settle(insn));
                 Ok(false)
             }
@@ -833,7 +864,8 @@ impl Vcpu {
             }
             self.arm();
             self.cpu_mut().irq_waiting = 0;
-            if self.chips.take_nmi(self.index) {
+            let c = self.cpu();
+            if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
                 // Others may wait behind it.
@@ -956,7 +988,7 @@ extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
 
 extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
     guarded(v, 0, |v| {
-        if v.cpu().eflags & TF != 0 {
+        if v.cpu().eflags & (TF | RF) != 0 {
             return 0;
         }
         let started = v.times.find.start();
@@ -1029,12 +1061,23 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
         return 1;
     }
     match (helper.run)(v, insn) {
-        Ok(Flow::Next) => {
+        Ok(Flow::Next) if v.met == 0 => {
             v.cpu_mut().rip = insn.next_ip();
             0
         }
-        Ok(Flow::Jump) => go_on(v),
+        Ok(flow) => {
+            if flow == Flow::Next {
+                v.cpu_mut().rip = insn.next_ip();
+            }
+            if v.met != 0 {
+                if let Some(e) = v.due(false, false) {
+                    v.deliver(e);
+                }
+            }
+            go_on(v)
+        }
         Err(Trap::Fault(e)) => {
+            v.met = 0;
             v.deliver(e.settle(insn));
             go_on(v)
         }
@@ -1051,7 +1094,8 @@ fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
     let failed = v.fatal.is_some();
     let c = v.cpu_mut();
-    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 || failed {
+    let pending = c.pending.load(Ordering::Relaxed) != 0;
+    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & (TF | RF) != 0 || c.shadow != 0 || pending || failed {
         c.exit = exit::EVENT;
         return 1;
     }

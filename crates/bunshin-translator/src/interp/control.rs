@@ -103,7 +103,12 @@ pub fn counted(v: &mut Vcpu, i: &Instruction) -> Done {
 pub fn int(v: &mut Vcpu, i: &Instruction) -> Done {
     let (vector, source) = match i.mnemonic() {
         M::Int3 => (BP, Source::Software),
-        M::Int1 => (DB, Source::Hardware),
+        M::Int1 => {
+            // What MOV SS before it met comes with it.
+            let met = u64::from(std::mem::take(&mut v.met));
+            v.cpu_mut().dr[6] |= met & 15;
+            (DB, Source::Hardware)
+        }
         M::Into => {
             if v.cpu().arith() & OF == 0 {
                 return Ok(Flow::Next);

@@ -122,9 +122,12 @@ impl Vcpu {
         rf: u64,
     ) -> Result<(), Trap> {
         let ext = u32::from(source == Source::Hardware);
+        // HLT may have been what an exception follows.
+        self.cpu_mut().halted = 0;
         if vector == DB {
             // General detect would catch the handler itself.
-            self.cpu_mut().dr[7] &= !(1 << 13);
+            self.cpu_mut().dr[7] &= !super::debug::GD;
+            self.msrs.debugctl &= !3;
         }
         if self.cpu().cr0 & 1 == 0 {
             return self.event_real(vector, rip);

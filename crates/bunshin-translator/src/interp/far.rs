@@ -8,6 +8,7 @@ use crate::cpu::*;
 use crate::mmu::{canonical, Exception, Trap, Who, GP, NP, SS};
 use crate::vcpu::Vcpu;
 use iced_x86::{Instruction, Mnemonic as M, OpKind};
+use std::sync::atomic::Ordering;
 
 /// A far CALL pushes words of `size` bytes, the last of them `ret`.
 #[derive(Clone, Copy)]
@@ -269,7 +270,9 @@ impl Vcpu {
                 let seg = self.cpu().seg[n];
                 let conforming = seg.access & 0x1c == 0x1c;
                 if !seg.unusable() && seg.dpl() < rpl && !conforming && seg.access & 0x10 != 0 {
-                    self.put_segment(n, Seg { access: 0x1_0000, ..Seg::default() });
+                    // The base stays: 64-bit code still uses that of FS and GS.
+                    let base = self.cpu().seg_base[n];
+                    self.put_segment(n, Seg { access: 0x1_0000, base, ..Seg::default() });
                 }
             }
         }
@@ -289,6 +292,14 @@ impl Vcpu {
         self.cpu_mut().rip = rip;
         self.select_region();
         Ok(())
+    }
+
+    /// IRET ends the handler of an NMI: another one may wait.
+    fn unblock_nmi(&mut self) {
+        let c = self.cpu_mut();
+        if std::mem::take(&mut c.nmi_blocked) != 0 {
+            c.pending.store(1, Ordering::Release);
+        }
     }
 
     /// IRET in virtual-8086 mode.
@@ -382,14 +393,14 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
     };
     if v.cpu().eflags & VM != 0 {
         v.iret_8086(n)?;
-        v.cpu_mut().nmi_blocked = 0;
+        v.unblock_nmi();
         return Ok(Flow::Jump);
     }
     if v.real_mode() {
         let flags = v.peek(2 * n as u64, n)?;
         v.return_8086(n, 3 * n as u64)?;
         v.write_flags(flags, n, true);
-        v.cpu_mut().nmi_blocked = 0;
+        v.unblock_nmi();
         return Ok(Flow::Jump);
     }
     if v.cpu().eflags & NT != 0 {
@@ -400,7 +411,7 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
         let back = v.load(tr.base, 2, Who::System)? as u16;
         let f = v.cpu().rflags();
         v.switch_task(back, How::Return, i.next_ip(), f)?;
-        v.cpu_mut().nmi_blocked = 0;
+        v.unblock_nmi();
         v.after_task_switch()?;
         return Ok(Flow::Jump);
     }
@@ -410,7 +421,7 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
     let cpl = v.cpu().cpl;
     if n == 4 && flags & VM != 0 && cpl == 0 && !v.cpu().long_mode() {
         v.iret_to_8086(rip, cs, flags)?;
-        v.cpu_mut().nmi_blocked = 0;
+        v.unblock_nmi();
         return Ok(Flow::Jump);
     }
     let (sp0, mask) = (v.cpu().gpr[4], v.stack_mask());
@@ -430,6 +441,6 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
     if stack.is_none() {
         v.move_stack_by(sp0, mask, 3 * n as u64);
     }
-    v.cpu_mut().nmi_blocked = 0;
+    v.unblock_nmi();
     Ok(Flow::Jump)
 }

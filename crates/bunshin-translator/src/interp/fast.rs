@@ -59,6 +59,10 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
     } else {
         c.iflag = 1;
     }
+    // Unlike POPF and IRET, it traps when it brings TF.
+    if c.eflags & TF != 0 {
+        v.met |= super::debug::STEP;
+    }
     v.put_segment(1, if wide { flat((base + 16) | 3, 0xa0fb) } else { flat(base | 3, 0xc0fb) });
     v.put_segment(2, flat((base + 8) | 3, 0xc0f3));
     v.select_region();

@@ -6,6 +6,7 @@
 //! fault or after the owner's answer.
 pub mod address;
 pub mod control;
+pub mod debug;
 pub mod event;
 pub mod far;
 pub mod fast;
@@ -354,8 +355,12 @@ pub fn helper(i: &Instruction) -> Helper {
     let outside = |run| Helper { run, outside: true };
     match i.mnemonic() {
         M::Mov if special_register(i) => {
-            let cr8 = i.op0_register() == Register::CR8 || i.op1_register() == Register::CR8;
-            Helper { run: system::mov_special, outside: cr8 }
+            let is = |r: fn(Register) -> bool| r(i.op0_register()) || r(i.op1_register());
+            if is(|r| r.is_dr()) {
+                return outside(debug::mov);
+            }
+            // CR8 belongs to a chip; what CR4 changes may drop translations.
+            Helper { run: system::mov_special, outside: is(|r| matches!(r, Register::CR8 | Register::CR4)) }
         }
         M::Mov if is_sreg(i) => inside(segment::mov),
         M::Push if is_sreg(i) => inside(segment::push),

@@ -72,6 +72,7 @@ pub fn port(v: &mut Vcpu, i: &Instruction) -> Done {
         _ => v.reg(Register::DX) as u16,
     };
     v.allow_port(port, size)?;
+    v.note_port(port, size);
     match i.mnemonic() {
         M::In => {
             let x = v.port_read(port, size, 1)?;

@@ -154,6 +154,7 @@ pub fn mov(v: &mut Vcpu, i: &Instruction) -> Done {
         let sel = v.operand(i, 1)? as u16;
         v.load_segment(n, sel)?;
         v.after_segment_load();
+        v.shade(n);
         v.cpu_mut().rip = i.next_ip();
         return Ok(Flow::Jump);
     }
@@ -174,9 +175,12 @@ pub fn pop(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = Vcpu::segment_index(i.op0_register());
     let size = i.stack_pointer_increment().unsigned_abs() as usize;
     let sel = v.peek(0, size)? as u16;
+    // POP SS moves the old stack's pointer.
+    let mask = v.stack_mask();
     v.load_segment(n, sel)?;
-    v.drop_stack(size as u64);
+    v.drop_stack_by(size as u64, mask);
     v.after_segment_load();
+    v.shade(n);
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
 }
@@ -378,6 +382,14 @@ impl Vcpu {
             return Err(Exception::gp().into());
         }
         Ok(())
+    }
+
+    /// Nothing interrupts between a load of SS and the instruction after it. A second
+    /// load of SS has no such effect.
+    fn shade(&mut self, n: usize) {
+        if n == 2 {
+            self.cpu_mut().shadow = super::debug::AFTER_SS;
+        }
     }
 
     /// Translations may depend on the bases of DS, ES and SS.

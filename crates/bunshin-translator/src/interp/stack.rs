@@ -52,6 +52,12 @@ impl Vcpu {
         self.set_sp(sp);
     }
 
+    /// The same in a stack of size `mask`.
+    pub fn drop_stack_by(&mut self, by: u64, mask: u64) {
+        let sp = self.cpu().gpr[4];
+        self.move_stack_by(sp, mask, by);
+    }
+
     pub fn set_stack(&mut self, sp: u64) {
         self.set_sp(sp);
     }
@@ -246,7 +252,8 @@ impl Vcpu {
         let c = self.cpu();
         let (cpl, iopl) = (c.cpl, c.iopl());
         let mut mask = u64::from(ARITH) | TF | DF | NT | AC | ID;
-        if iret {
+        // RF matters to breakpoints on code only, and makes the next instruction slow.
+        if iret && self.armed.code {
             mask |= RF;
         }
         if cpl == 0 {
@@ -260,7 +267,7 @@ impl Vcpu {
         }
         let old = c.rflags();
         let mut f = (old & !mask) | (new & mask);
-        if !iret {
+        if !iret || !self.armed.code {
             f &= !RF;
         }
         self.cpu_mut().set_rflags(f);

@@ -193,6 +193,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
         }
         // Device accesses of one step leave before the next step.
         if traced
+            || v.met != 0
             || !v.outbox.is_empty()
             || !v.answers.is_empty()
             || v.cpu().pending.load(Ordering::Relaxed) != 0
@@ -205,7 +206,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// As many elements as can go at once; 0: use `one`.
 fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, Trap> {
-    if v.cpu().df != 0 {
+    if v.cpu().df != 0 || v.armed.data {
         return Ok(0);
     }
     let who = v.data_access();

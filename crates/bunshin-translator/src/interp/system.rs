@@ -9,6 +9,7 @@ use iced_x86::{Instruction, Mnemonic as M, Register};
 const CR0_VALID: u64 = 0xe005_003f;
 const CR4_VME: u64 = 1;
 const CR4_PVI: u64 = 2;
+const CR4_DE: u64 = 8;
 const CR4_SUPPORTED: u64 =
     0x7f | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | CR4_PCIDE | 1 << 18 | CR4_SMEP | CR4_SMAP;
 
@@ -16,7 +17,7 @@ pub fn refuse(_: &mut Vcpu, _: &Instruction) -> Done {
     Err(gp())
 }
 
-/// MOV to and from control and debug registers.
+/// MOV to and from control registers.
 pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
     v.supervisor()?;
     let (to, from) = (i.op0_register(), i.op1_register());
@@ -27,7 +28,6 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             Register::CR3 => v.cpu().cr3,
             Register::CR4 => v.cpu().cr4,
             Register::CR8 => v.chips.cr8(v.index),
-            r if r.is_dr() => v.cpu().dr[dr_number(v, r)?],
             _ => return Err(ud()),
         };
         v.set_reg(to, x);
@@ -55,30 +55,10 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             }
             v.chips.set_cr8(v.index, x);
         }
-        r if r.is_dr() => {
-            let n = dr_number(v, r)?;
-            if n >= 6 && x >> 32 != 0 {
-                return Err(gp());
-            }
-            v.cpu_mut().dr[n] = match n {
-                6 => (x & 0xe00f) | 0xffff_0ff0,
-                7 => (x & 0xffff_2bff) | 0x400,
-                _ => x,
-            };
-        }
         _ => return Err(ud()),
     }
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
-}
-
-fn dr_number(v: &Vcpu, r: Register) -> Result<usize, Trap> {
-    let n = r as usize - Register::DR0 as usize;
-    match n {
-        0..=3 | 6 | 7 => Ok(n),
-        4 | 5 if v.cpu().cr4 & 8 == 0 => Ok(n + 2),
-        _ => Err(ud()),
-    }
 }
 
 impl Vcpu {
@@ -123,6 +103,9 @@ impl Vcpu {
             return Err(gp());
         }
         self.cpu_mut().cr4 = x;
+        if (old ^ x) & CR4_DE != 0 {
+            self.arm_breakpoints();
+        }
         if (old ^ x) & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_SMEP | CR4_SMAP | CR4_PCIDE) != 0 {
             self.flush_tlb_all();
         }

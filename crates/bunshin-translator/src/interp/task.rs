@@ -1,7 +1,7 @@
 //! Task switches through a TSS, 32- and 16-bit. SDM volume 3, chapter 7.
 use super::segment::{fault, Descriptor};
 use crate::cpu::*;
-use crate::mmu::{Exception, Kind, Trap, Who, CR0_PG, DB, GP, NP, SS, TS};
+use crate::mmu::{Exception, Kind, Trap, Who, CR0_PG, GP, NP, SS, TS};
 use crate::vcpu::Vcpu;
 
 /// What made the switch.
@@ -145,8 +145,9 @@ impl Vcpu {
         for (n, g) in gpr.into_iter().enumerate() {
             c.gpr[n] = if wide { g } else { g | 0xffff_0000 };
         }
-        c.dr[7] &= !0x155; // local breakpoints
-        if wide && c.cr0 & CR0_PG != 0 {
+        c.dr[7] &= !super::debug::LOCAL;
+        self.arm_breakpoints();
+        if wide && self.cpu().cr0 & CR0_PG != 0 {
             self.cpu_mut().cr3 = cr3;
             self.switch_address_space(false);
         }
@@ -162,8 +163,7 @@ impl Vcpu {
     pub fn after_task_switch(&mut self) -> Result<(), Trap> {
         let tr = self.cpu().tr;
         if tr.access & 8 != 0 && self.load(tr.base + DEBUG, 1, Who::System)? & 1 != 0 {
-            self.cpu_mut().dr[6] |= 1 << 15;
-            return Err(Exception::new(DB).into());
+            return Err(self.debug_exception(super::debug::BT).into());
         }
         Ok(())
     }

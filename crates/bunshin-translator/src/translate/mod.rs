@@ -47,6 +47,8 @@ use crate::block::{Block, Heat, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
+use crate::interp::debug::at_breakpoint;
+use crate::interp::Helper;
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::perf_map;
 use crate::recipe::Recipe;
@@ -570,6 +572,10 @@ impl<'a> Unit<'a> {
 
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
+        self.helper_by(HelperEntry::new(*i));
+    }
+
+    fn helper_by(&mut self, entry: HelperEntry) {
         self.group = None;
         self.settle_stack();
         self.claim_all();
@@ -577,7 +583,7 @@ impl<'a> Unit<'a> {
             self.flags_to_host(S0, ALL);
         }
         let id = self.v.helpers.len() as u32;
-        self.v.helpers.push(HelperEntry::new(*i));
+        self.v.helpers.push(entry);
         self.point(false);
         self.leave();
         self.a.mov_imm(S2, u64::from(id));
@@ -636,6 +642,10 @@ impl<'a> Unit<'a> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as i16;
         let live_before = item.effect.live_before(item.live_after);
+        if self.mode & mode::DEBUG != 0 && self.v.code_hits(self.v.linear_rip(i.ip())) != 0 {
+            let helper = Helper { run: at_breakpoint, outside: false };
+            self.helper_by(HelperEntry::by(*i, helper));
+        }
         if !self.by_generic(i) && i.mnemonic() != M::Lea {
             self.claim_all();
         }

@@ -2,6 +2,7 @@
 //!
 //! What a test expects is the manual's word (SDM volume 3); a comment names the place
 //! where that is not obvious.
+mod debugging;
 mod gates;
 mod machine;
 mod real;
