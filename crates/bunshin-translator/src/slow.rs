@@ -219,6 +219,7 @@ fn vector_number(r: Register) -> usize {
 
 /// Any instruction at all.
 pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
+    v.check_fpu(i)?;
     let h = interp::helper(i);
     if h.run as usize != any as fn(&mut Vcpu, &Instruction) -> Done as usize {
         return (h.run)(v, i);

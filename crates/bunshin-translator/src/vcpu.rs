@@ -44,6 +44,14 @@ pub mod mode {
     pub const LIMITED: u32 = 256;
     /// CS ends before 4 GiB.
     pub const CODE_LIMITED: u32 = 512;
+    /// x87, MMX and vector instructions are shut off by CR0.EM or TS, SSE by
+    /// CR4.OSFXSR, AVX and AVX-512 by CR4.OSXSAVE or XCR0.
+    pub const NO_FPU: u32 = 1 << 12;
+    pub const NO_SSE: u32 = 1 << 13;
+    pub const NO_AVX: u32 = 1 << 14;
+    pub const NO_AVX512: u32 = 1 << 15;
+    /// Alignment is checked: level 3, CR0.AM and AC.
+    pub const ALIGN: u32 = 1 << 16;
     /// Breakpoints on code are armed.
     pub const DEBUG: u32 = 2048;
     /// Privilege level 1 or 2.
@@ -376,6 +384,10 @@ impl Vcpu {
         if self.armed.code {
             m |= mode::DEBUG;
         }
+        if self.aligned() {
+            m |= mode::ALIGN;
+        }
+        m |= self.shut();
         if c.cr4 & 4 != 0 {
             m |= mode::TSD;
         }

@@ -16,6 +16,21 @@ use iced_x86::{Instruction, Register};
 const FLAT_MASK: u32 = 0x1_009e;
 const FLAT: u32 = 0x92;
 
+const CR0_AM: u64 = 1 << 18;
+/// Alignment check.
+const AC_: u8 = 17;
+
+/// SDM volume 3, table 6-7. Operands of vector registers have rules of their own.
+fn misaligned(va: u64, size: usize) -> bool {
+    let align = match size {
+        2 | 4 | 8 => size as u64,
+        6 => 4,
+        10 => 8,
+        _ => 1,
+    };
+    va & (align - 1) != 0
+}
+
 impl Seg {
     /// Base 0, 4 GiB, readable and writable: nothing to check.
     pub fn flat(&self) -> bool {
@@ -133,11 +148,21 @@ impl Vcpu {
         Ok(())
     }
 
+    /// Accesses must be aligned: CR0.AM, and AC at level 3.
+    pub fn aligned(&self) -> bool {
+        let c = self.cpu();
+        c.ac != 0 && c.cpl == 3 && c.cr0 & CR0_AM != 0
+    }
+
     /// Linear address of `size` bytes at offset `off` of segment `seg`, which must
     /// allow that.
     pub fn segment_at(&self, seg: usize, off: u64, size: usize, kind: Kind) -> Result<u64, Trap> {
         self.check_segment(seg, off, size, kind)?;
-        Ok(self.linear(seg, off))
+        let va = self.linear(seg, off);
+        if self.aligned() && misaligned(va, size) {
+            return Err(Exception::with(AC_, 0).into());
+        }
+        Ok(va)
     }
 
     /// Offset `extra` bytes behind that of the explicit memory operand, in its segment.

@@ -438,6 +438,9 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
     v.cpu_mut().cpl = cpl;
     v.write_flags(flags, n, true);
     v.cpu_mut().cpl = new_cpl;
+    if flags & AC != 0 {
+        v.select_region();
+    }
     if stack.is_none() {
         v.move_stack_by(sp0, mask, 3 * n as u64);
     }

@@ -10,6 +10,7 @@ pub mod debug;
 pub mod event;
 pub mod far;
 pub mod fast;
+pub mod fpu;
 pub mod port;
 pub mod segment;
 pub mod stack;

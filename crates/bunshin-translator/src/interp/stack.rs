@@ -220,6 +220,10 @@ pub fn popf(v: &mut Vcpu, i: &Instruction) -> Done {
     } else {
         v.drop_stack(n as u64);
         v.write_flags(new, n, false);
+        if v.cpu().cpl == 3 {
+            // AC is part of the mode.
+            v.select_region();
+        }
     }
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)

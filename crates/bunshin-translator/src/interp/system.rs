@@ -312,6 +312,7 @@ pub fn xcr(v: &mut Vcpu, i: &Instruction) -> Done {
         return Err(gp());
     }
     v.cpu_mut().xcr0 = x;
+    v.select_region();
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
 }

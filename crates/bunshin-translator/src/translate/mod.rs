@@ -48,6 +48,7 @@ use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::interp::debug::at_breakpoint;
+use crate::interp::fpu::{ask, SHUT};
 use crate::interp::Helper;
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::perf_map;
@@ -646,6 +647,9 @@ impl<'a> Unit<'a> {
             let helper = Helper { run: at_breakpoint, outside: false };
             self.helper_by(HelperEntry::by(*i, helper));
         }
+        if self.mode & SHUT != 0 && crate::interp::fpu::asks(i, self.mode) {
+            self.helper_by(HelperEntry { insn: *i, helper: Helper { run: ask, outside: false } });
+        }
         if !self.by_generic(i) && i.mnemonic() != M::Lea {
             self.claim_all();
         }
@@ -654,6 +658,15 @@ impl<'a> Unit<'a> {
                 self.flags_to_host(S0, ALL);
             }
             self.recipe = None;
+        }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) || i.is_stack_instruction();
+        if self.mode & mode::ALIGN != 0 && memory && i.code() != Code::INVALID {
+            self.helper(i);
+            if ends(i) {
+                self.exit_to(i.next_ip());
+                return true;
+            }
+            return false;
         }
         let strays = self.bits != 64 && near(i) && self.strays(i.near_branch_target());
         if let Some(by) = self.moves_stack(item).filter(|by| (self.stack + by).unsigned_abs() < 1 << 20) {

@@ -8,4 +8,5 @@ mod machine;
 mod real;
 mod segments;
 mod tasks;
+mod units;
 mod vm86;
