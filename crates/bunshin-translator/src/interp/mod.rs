@@ -308,8 +308,6 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
         | M::Wrussq
         | M::Setssbsy
         | M::Clrssbsy => true,
-        // The one-byte forms are REX prefixes in 64-bit code.
-        M::Inc | M::Dec => matches!(i.code(), Code::Inc_r16 | Code::Inc_r32 | Code::Dec_r16 | Code::Dec_r32),
         _ => false,
     }
 }

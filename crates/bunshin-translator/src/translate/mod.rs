@@ -60,6 +60,7 @@ use iced_x86::{
     OpAccess, OpKind, Register,
 };
 
+use copy::short_count;
 use group::Group;
 use group::Spot;
 pub(crate) use plan::Homes;
@@ -719,6 +720,7 @@ impl<'a> Unit<'a> {
                 self.hot = hot;
             }
             M::Lea => self.lea(i),
+            M::Inc | M::Dec if short_count(i) => self.count(item),
             M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),
             M::Push => {
                 let size = self.stack_size(i);
