@@ -29,6 +29,7 @@ mod stubs;
 mod translate;
 mod vcpu;
 mod vector;
+mod xstate;
 
 pub use engine::TranslatorEngine;
 pub use vcpu::Effort;
