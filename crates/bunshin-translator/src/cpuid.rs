@@ -28,6 +28,9 @@ fn host(leaf: u32, sub: u32) -> Regs {
     })
 }
 
+/// Width of physical addresses.
+pub const PHYSICAL_BITS: u32 = 46;
+
 fn bits(list: &[u32]) -> u32 {
     list.iter().fold(0, |m, &b| m | 1 << b)
 }
@@ -131,7 +134,7 @@ impl Table {
             0x8000_0007 => [0, 0, 0, 1 << 8],
             0x8000_0008 => {
                 let h = host(leaf, 0);
-                [(h[0] & 0xff00) | 46, 0, self.cpus - 1, 0]
+                [(h[0] & 0xff00) | PHYSICAL_BITS, 0, self.cpus - 1, 0]
             }
             0x8000_001a if leaf <= self.max_ext => host(leaf, 0),
             0x8000_001d if leaf <= self.max_ext => {

@@ -622,6 +622,19 @@ pub const CR4_SMAP: u64 = 1 << 21;
 pub const EFER_NXE: u64 = 1 << 11;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
+/// Addresses that fit the width in CPUID leaf 8000_0008.
+const PHYSICAL: u64 = (1 << crate::cpuid::PHYSICAL_BITS) - 0x1000;
+
+/// Reserved bits of an entry for a large page of `1 << bits` bytes: its address is
+/// aligned. Of 4 MiB ones, bits 13 to 20 hold bits 32 to 39 of the address.
+fn unaligned(bits: u32, wide: bool) -> u64 {
+    if wide {
+        (1 << bits) - (1 << 13)
+    } else {
+        1 << 21
+    }
+}
+
 pub fn canonical(va: u64) -> bool {
     ((va as i64) << 16 >> 16) as u64 == va
 }
@@ -665,8 +678,7 @@ impl Vcpu {
         let (mut table, mut level, shift) = if long {
             (cr3 & ADDRESS, 4u32, 9)
         } else if wide {
-            let root = cr3 & 0xffff_ffe0;
-            let e = self.read_entry(root + ((va >> 30) & 3) * 8, true).ok_or(none)?;
+            let e = self.pdptes[(va >> 30) as usize & 3];
             if e & P == 0 {
                 return Err(none);
             }
@@ -674,6 +686,8 @@ impl Vcpu {
         } else {
             (cr3 & 0xffff_f000, 2, 10)
         };
+        // Above the physical address; without long mode the ignored bits too.
+        let reserved = if long { ADDRESS & !PHYSICAL } else { !(NX | PHYSICAL | 0xfff) };
         let (mut rights, mut nx) = (U | W, false);
         let mut seen: [(u64, u64); 4] = [(0, 0); 4];
         let mut depth = 0;
@@ -686,7 +700,7 @@ impl Vcpu {
             if e & P == 0 {
                 return Err(none);
             }
-            if e & NX != 0 && !nxe && entry_bits == 3 {
+            if entry_bits == 3 && (e & reserved != 0 || e & NX != 0 && !nxe) {
                 return Err(self.fault(va, who, kind, true, true));
             }
             rights &= e;
@@ -695,6 +709,9 @@ impl Vcpu {
             depth += 1;
             let leaf = level == 1
                 || (e & PS != 0 && (level == 2 || level == 3) && (wide || long || cr4 & CR4_PSE != 0));
+            if leaf && level > 1 && e & unaligned(at, entry_bits == 3) != 0 {
+                return Err(self.fault(va, who, kind, true, true));
+            }
             if !leaf {
                 if e & PS != 0 && level == 4 {
                     return Err(self.fault(va, who, kind, true, true));
@@ -740,6 +757,25 @@ impl Vcpu {
                 bits,
             });
         }
+    }
+
+    /// Load the four entries that PAE paging without long mode keeps in the processor.
+    /// Fails, without a change, where one has reserved bits set.
+    pub fn load_pdptes(&mut self) -> std::result::Result<(), Exception> {
+        let c = self.cpu();
+        if c.cr0 & CR0_PG == 0 || c.cr4 & CR4_PAE == 0 || c.efer & 0x400 != 0 {
+            return Ok(());
+        }
+        let root = c.cr3 & 0xffff_ffe0;
+        let mut new = [0; 4];
+        for (n, e) in new.iter_mut().enumerate() {
+            *e = self.read_entry(root + 8 * n as u64, true).unwrap_or(0);
+            if *e & P != 0 && *e & !(P | 8 | 0x10 | 0xe00 | PHYSICAL) != 0 {
+                return Err(Exception::gp());
+            }
+        }
+        self.pdptes = new;
+        Ok(())
     }
 
     fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {

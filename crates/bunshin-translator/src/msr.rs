@@ -21,7 +21,6 @@ pub struct Msrs {
     pub kvm_time: u64,
     pub kvm_wall: u64,
     pub tsc_adjust: u64,
-    pub spec_ctrl: u64,
     pub feature_control: u64,
     pub debugctl: u64,
     pub mcg_status: u64,
@@ -39,7 +38,6 @@ impl Default for Msrs {
             kvm_time: 0,
             kvm_wall: 0,
             tsc_adjust: 0,
-            spec_ctrl: 0,
             feature_control: 1,
             debugctl: 0,
             mcg_status: 0,
@@ -93,7 +91,6 @@ impl Vcpu {
             0x10 => self.tsc(),
             0x3b => m.tsc_adjust,
             0x3a => m.feature_control,
-            0x48 => m.spec_ctrl,
             0x8b | 0x17 | 0xc001_0010 | 0xc001_001f | 0xc001_1029 => 0,
             // HWCR: the counter runs at the rate of P0.
             0xc001_0015 => 1 << 24,
@@ -132,6 +129,9 @@ impl Vcpu {
         let address = || canonical(x).then_some(x);
         match n {
             0x10 => {
+                // The adjustment tells by how much it was moved.
+                let by = x.wrapping_sub(self.tsc());
+                self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(by);
                 let offset = x.wrapping_sub(clock::rdtsc());
                 self.set_tsc_offset(offset);
             }
@@ -141,8 +141,7 @@ impl Vcpu {
                 let offset = self.cpu().tsc_offset.wrapping_add(by);
                 self.set_tsc_offset(offset);
             }
-            0x48 => self.msrs.spec_ctrl = x & 7,
-            0x49 | 0x10b | 0x8b | 0x79 | 0xc001_0015 | 0xc001_001f | 0xc001_1029 => {}
+            0x8b | 0x79 | 0xc001_0015 | 0xc001_001f | 0xc001_1029 => {}
             0x174 => self.cpu_mut().sysenter[0] = x,
             0x175 | 0x176 => self.cpu_mut().sysenter[(n - 0x174) as usize] = address()?,
             0x17a => self.msrs.mcg_status = x,

@@ -206,6 +206,8 @@ pub struct Vcpu {
     /// The A20 gate is open, and the bits of a gpa that it lets through here so far.
     pub gate: Arc<AtomicBool>,
     pub lines: u64,
+    /// Page-directory pointers of PAE paging, as they were when CR3 was loaded.
+    pub pdptes: [u64; 4],
     /// Breakpoints that are armed, and those that the present instruction met.
     pub armed: Armed,
     pub met: u8,
@@ -314,6 +316,7 @@ impl Vcpu {
             exact_flags: false,
             gate: Arc::new(AtomicBool::new(true)),
             lines: u64::MAX,
+            pdptes: [0; 4],
             armed: Armed::default(),
             met: 0,
             timer: signals::Timer::default(),

@@ -151,7 +151,9 @@ impl Vcpu {
     /// The fault of a breakpoint on the instruction at rip, unless RF holds it back.
     pub fn code_breakpoint(&mut self) -> Option<Exception> {
         let c = self.cpu();
-        if !self.armed.code || c.eflags & RF != 0 || c.shadow == AFTER_SS {
+        // AMD's processors let MOV SS hold back traps only.
+        let shaded = c.shadow == AFTER_SS && !crate::host::amd();
+        if !self.armed.code || c.eflags & RF != 0 || shaded {
             return None;
         }
         let hits = self.code_hits(self.linear_rip(c.rip));

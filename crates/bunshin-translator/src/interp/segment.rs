@@ -270,6 +270,9 @@ pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
     let mut s = d.seg(sel);
     if v.cpu().long_mode() {
         s.base |= v.load(va + 8, 4, Who::System)? << 32;
+        if !crate::mmu::canonical(s.base) {
+            return Err(fault(GP, sel));
+        }
     }
     if ldt {
         v.cpu_mut().ldt = s;

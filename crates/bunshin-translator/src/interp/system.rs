@@ -1,6 +1,7 @@
 //! Control registers, model-specific registers, CPUID, time, TLB control, HLT.
 use super::{Done, Flow};
 use crate::cpu::{VIF, VIP, VM};
+use crate::cpuid::PHYSICAL_BITS;
 use crate::mmu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::Exit;
@@ -42,10 +43,14 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             let pcide = v.cpu().cr4 & CR4_PCIDE != 0;
             let keep = pcide && x >> 63 != 0;
             let x = x & !(u64::from(pcide) << 63);
-            if x >> 52 != 0 {
+            if x >> PHYSICAL_BITS != 0 {
                 return Err(gp());
             }
-            v.cpu_mut().cr3 = x;
+            let old = std::mem::replace(&mut v.cpu_mut().cr3, x);
+            if let Err(e) = v.load_pdptes() {
+                v.cpu_mut().cr3 = old;
+                return Err(e.into());
+            }
             v.switch_address_space(keep);
         }
         Register::CR4 => v.set_cr4(x)?,
@@ -66,7 +71,7 @@ impl Vcpu {
         if x >> 32 != 0 || x & 1 == 0 && x & CR0_PG != 0 || x & (1 << 29) != 0 && x & (1 << 30) == 0 {
             return Err(gp());
         }
-        let old = self.cpu().cr0;
+        let (old, efer) = (self.cpu().cr0, self.cpu().efer);
         let new = (x & CR0_VALID) | 0x10;
         if new & CR0_PG == 0 && self.cpu().cr4 & CR4_PCIDE != 0 {
             return Err(gp());
@@ -84,7 +89,16 @@ impl Vcpu {
             }
             self.cpu_mut().efer &= !0x400;
         }
+        let lma = (self.cpu().efer ^ efer) & 0x400;
         self.cpu_mut().cr0 = new;
+        if (old ^ new) & CR0_PG != 0 {
+            if let Err(e) = self.load_pdptes() {
+                let c = self.cpu_mut();
+                c.cr0 = old;
+                c.efer ^= lma;
+                return Err(e.into());
+            }
+        }
         if (old ^ new) & (CR0_PG | CR0_WP | 1) != 0 {
             self.flush_tlb_all();
         }
@@ -103,6 +117,12 @@ impl Vcpu {
             return Err(gp());
         }
         self.cpu_mut().cr4 = x;
+        if (old ^ x) & (CR4_PSE | CR4_PAE | CR4_PGE) != 0 {
+            if let Err(e) = self.load_pdptes() {
+                self.cpu_mut().cr4 = old;
+                return Err(e.into());
+            }
+        }
         if (old ^ x) & CR4_DE != 0 {
             self.arm_breakpoints();
         }
@@ -203,7 +223,8 @@ pub fn invpcid(v: &mut Vcpu, i: &Instruction) -> Done {
     let (low, address) = (v.load(va, 8, who)?, v.load(va.wrapping_add(8), 8, who)?);
     let kind = v.reg(i.op0_register());
     let pcid = (low & 0xfff) as u16;
-    if kind > 3 || kind < 2 && low >> 12 != 0 || kind == 0 && !canonical(address) {
+    let foreign = kind < 2 && pcid != 0 && v.cpu().cr4 & CR4_PCIDE == 0;
+    if foreign || kind > 3 || kind < 2 && low >> 12 != 0 || kind == 0 && !canonical(address) {
         return Err(gp());
     }
     match kind {

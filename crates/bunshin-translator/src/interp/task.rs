@@ -149,6 +149,7 @@ impl Vcpu {
         self.arm_breakpoints();
         if wide && self.cpu().cr0 & CR0_PG != 0 {
             self.cpu_mut().cr3 = cr3;
+            self.load_pdptes()?;
             self.switch_address_space(false);
         }
         self.load_task_segments(selectors, ldt, real)?;

@@ -5,6 +5,7 @@
 mod debugging;
 mod gates;
 mod machine;
+mod paging;
 mod real;
 mod segments;
 mod tasks;
