@@ -649,7 +649,7 @@ impl<'a> Unit<'a> {
             self.helper_by(HelperEntry::by(*i, helper));
         }
         if self.mode & SHUT != 0 && crate::interp::fpu::asks(i, self.mode) {
-            self.helper_by(HelperEntry { insn: *i, helper: Helper { run: ask, outside: false } });
+            self.helper_by(HelperEntry::by(*i, Helper { run: ask, outside: false }));
         }
         if !self.by_generic(i) && i.mnemonic() != M::Lea {
             self.claim_all();
