@@ -5,6 +5,11 @@ use crate::cpu::*;
 use crate::mmu::{canonical, Exception, Trap, Who, DB, DE, DF_, GP, NP, PF_, SS, TS};
 use crate::vcpu::Vcpu;
 
+/// x87 floating-point error.
+const MF: u8 = 16;
+const CR0_NE: u64 = 1 << 5;
+const FERR_IRQ: u32 = 13;
+
 /// Where an event comes from.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Source {
@@ -57,6 +62,9 @@ impl NewStack {
 impl Vcpu {
     /// Deliver an exception, a double fault if that fails, shutdown if that fails too.
     pub fn deliver(&mut self, e: Exception) {
+        if e.vector == MF && self.cpu().cr0 & CR0_NE == 0 {
+            return self.report_x87();
+        }
         self.counters.exceptions += 1;
         self.counters.page_faults += u64::from(e.vector == PF_);
         self.cpu_mut().shadow = 0;
@@ -96,6 +104,15 @@ impl Vcpu {
             c.cr3
         );
         self.shut_down(m);
+    }
+
+    /// An x87 error the way of the PC/AT: FERR# raises IRQ 13, and the instruction that
+    /// met it waits for an interrupt. Such errors come from outside translated code.
+    fn report_x87(&mut self) {
+        // The PIC looks for an edge; the port that would lower the line is a board's.
+        self.chips.set_irq(FERR_IRQ, false);
+        self.chips.set_irq(FERR_IRQ, true);
+        self.cpu_mut().halted = 1;
     }
 
     /// Deliver an external interrupt or NMI at the current instruction boundary.

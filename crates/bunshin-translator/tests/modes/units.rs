@@ -128,3 +128,48 @@ fn popf_turns_alignment_checks_on() {
     });
     assert_eq!(m.run(), End::Fault { vector: AC, error: 0, ip: CODE as u32 + 11 });
 }
+
+/// Divide by zero with that exception unmasked, and meet it.
+fn divide(a: &mut CodeAssembler) -> Result<(), IcedError> {
+    a.fninit()?;
+    a.push(0x37bu32)?;
+    a.fldcw(word_ptr(esp))?;
+    a.fld1()?;
+    a.fldz()?;
+    a.fdivp(st1, st0)?;
+    a.wait()
+}
+
+#[test]
+fn x87_errors_are_exceptions_with_ne() {
+    let mut m = Machine::protected();
+    m.state.cr0 |= 1 << 5;
+    m.code(divide);
+    assert!(matches!(m.run(), End::Fault { vector: 16, .. }));
+}
+
+#[test]
+fn x87_errors_are_irq_13_without_ne() {
+    let mut m = Machine::protected();
+    m.code(|a| {
+        // Both PICs to vectors 0x20 and up, all inputs but 2 and 13 masked.
+        for (port, value) in [
+            (0x20u32, 0x11u32),
+            (0x21, 0x20),
+            (0x21, 4),
+            (0x21, 1),
+            (0xa0, 0x11),
+            (0xa1, 0x28),
+            (0xa1, 2),
+            (0xa1, 1),
+            (0x21, 0xfb),
+            (0xa1, 0xdf),
+        ] {
+            a.mov(al, value)?;
+            a.out(port, al)?;
+        }
+        a.sti()?;
+        divide(a)
+    });
+    assert!(matches!(m.run(), End::Fault { vector: 0x2d, .. }));
+}
