@@ -60,8 +60,8 @@ def _unpacked(kernel: BzImage | Vmlinux, required: bool) -> Vmlinux | None:
     """
     if isinstance(kernel, Vmlinux):
         vmlinux = kernel
-    elif kernel.packing == "lzo" and not required:
-        # The one compression of Linux that we cannot unpack; the guest can.
+    elif kernel.packing in {"lzo", "absent"} and not required:
+        # LZO is the one compression of Linux that we cannot unpack; the guest can.
         return None
     else:
         vmlinux = kernel.vmlinux()

@@ -266,3 +266,13 @@ def test_an_unknown_packing_is_left_to_the_guest(load: Any, elf: Elf) -> None:
     with pytest.raises(ImageError, match="lzo"):
         load(bytes(image), boot_by="pvh")
     assert pack("<I", 1)
+
+
+def test_a_program_without_a_payload(load: Any, elf: Elf) -> None:
+    """memtest86+ has Linux's header and nothing to unpack."""
+    image = bytearray(bzimage(elf(), xloadflags=0))
+    pack_into("<II", image, 0x248, 0, 0)
+    state, ram = load(bytes(image))
+    check_protected_mode(state, ram)
+    with pytest.raises(ImageError):
+        load(bytes(image), boot_by="pvh")
