@@ -49,7 +49,7 @@ format: build  ## Put all sources into their standard form
 	$(BIN)/ruff format .
 	cargo fmt --all
 
-fuzz: check-tools  ## Random instructions against the host processor until Ctrl-C; SEED=number TIME=seconds
+fuzz: check-tools  ## Random instructions against the host processor until Ctrl-C; SEED=number TIME=seconds ARGS=--system|--rewriting|--narrow
 	cargo run --release --quiet -p bunshin-oracle --bin bunshin-compare -- \
 	    --seed $(or $(SEED),$(shell date +%s)) --seconds $(or $(TIME),1e9) $(ARGS)
 

@@ -26,6 +26,7 @@ import argparse
 import json
 import os
 import platform as host
+import re
 import shutil
 import statistics
 import subprocess
@@ -182,11 +183,22 @@ def about(setup: Setup, options: argparse.Namespace) -> summary.Results:
         "commit": described.stdout.strip(),
         "host": model,
         "cpus": len(os.sched_getaffinity(0)),
-        "kernel": setup.kernel.name,
+        "kernel": release(setup.kernel),
         "quick": options.quick,
         "rounds": options.runs,
         "busy": round(os.getloadavg()[0], 2),
     }
+
+
+def release(kernel: Path) -> str:
+    """The release of a kernel file, such as 6.1.0-56-cloud-amd64; else the file's name."""
+    data = kernel.read_bytes()
+    if data[0x202:0x206] == b"HdrS":  # a bzImage says where it has it
+        data = data[int.from_bytes(data[0x20E:0x210], "little") + 0x200 :]
+        found = re.match(rb"(\d[\x21-\x7e]*)", data)
+    else:
+        found = re.search(rb"Linux version (\d[\x21-\x7e]*)", data)
+    return found[1].decode() if found else kernel.name
 
 
 # Boot to power-off ---------------------------------------------------------------

@@ -80,6 +80,8 @@ class Engine:
     def name(self) -> str: ...
     @property
     def tsc_hz(self) -> int: ...
+    def host_tsc(self) -> int:
+        """The host's time-stamp counter now."""
     def map(self, gpa: int, region: Region, offset: int, length: int, readonly: bool = False) -> None: ...
     def unmap(self, gpa: int, length: int) -> None: ...
     def read(self, gpa: int, length: int) -> bytes:
@@ -156,8 +158,8 @@ class Vcpu:
 
         Raises EngineError (`cpu-state`) when it does not have those fields.
         """
-    def set_tsc(self, tsc: int) -> None:
-        """Set the time-stamp counter; the guest's other clocks and timers move with it."""
+    def skip_time(self, ticks: int) -> None:
+        """Take ticks of `Engine.host_tsc` out of the guest's time, all its clocks and timers."""
     def kick(self) -> None:
         """Make `run` return KICKED soon; any thread."""
     def translate(self, gva: int) -> int | None:

@@ -4,6 +4,9 @@ Ports are looked up in a dict, one entry a port. MMIO ranges are found by bisect
 and remembered by page, since drivers touch the same page again and again. Sizes are
 1, 2, 4 or 8 bytes, values are little-endian.
 
+Several processors may be on the bus at once. A device's lock is held around every
+access to it, and a split access holds it for one byte at a time.
+
 What the guest sees: absent addresses read as all ones and swallow writes. An access
 wider than the device, or one that straddles the end of a range, is split into bytes,
 each answered by whoever sits there. A device that fails (its own bug, not the
@@ -213,18 +216,18 @@ class Bus:
         return found
 
     def _ask(self, entry: Range, address: int, size: int) -> int:
-        entry.reads += 1
         try:
             with entry.lock:
+                entry.reads += 1
                 return entry.read(address - entry.base, size) & ONES[size]
         except Exception as error:
             failure = entry.failed(error, address - entry.base, size, None)
             raise failure from failure.__cause__
 
     def _tell(self, entry: Range, address: int, size: int, value: int) -> None:
-        entry.writes += 1
         try:
             with entry.lock:
+                entry.writes += 1
                 entry.write(address - entry.base, size, value)
         except Exception as error:
             failure = entry.failed(error, address - entry.base, size, value)

@@ -10,8 +10,8 @@ from .errors import ConfigError
 MIB = 1 << 20
 SMALLEST = 16 * MIB
 """Least memory that a Linux kernel can start in."""
-MAX_CPUS = 255
-"""Processors that 8-bit local APIC identifiers can name (255 is broadcast)."""
+MAX_CPUS = 64
+"""Most virtual processors that the translator runs, a host thread each."""
 BOOTS = ("auto", "pvh", "linux64", "linux32")
 _UNITS = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 

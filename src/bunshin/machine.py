@@ -85,6 +85,8 @@ class _Cpu:
         self.vcpu = vcpu
         self.thread: Thread | None = None
         self.parked = False
+        # Ticks of the host's time-stamp counter that the guest shall not notice.
+        self.skip = 0
         self.calls: list[Callable[[], None]] = []
         self.counts: list[int] = []
         self.stats: dict[str, int] = {}
@@ -132,7 +134,8 @@ class Machine:
                 it is added to the image's own.
             memory: such as `512M` or `1G`; a bare number is MiB.
             engine: `auto` or `translator`.
-            cpus: number of virtual processors.
+            cpus: number of virtual processors, 1 to 64, a host thread each; more of them
+                than the host has cores make a guest slower, not faster.
             image: name of an image to boot, such as `tiny`, in place of a kernel.
             devices: your own devices, put where their `ports` and `mmio` say.
             console: a callable or binary file that gets all console output too.
@@ -170,6 +173,7 @@ class Machine:
         self._error: BaseException | None = None
         # True whenever a processor's thread must look up from its loop.
         self._attention = False
+        self._paused_at = 0
         self._engine = engines.create(self.engine_name, self.config.cpus)
         self.clock = Clock(self._failed)
         try:
@@ -279,6 +283,7 @@ class Machine:
             self._wake()
             while not all(cpu.parked for cpu in self._threads):
                 self._lock.wait()
+            self._paused_at = self._engine.host_tsc()
             self.clock.pause()
 
     def resume(self) -> None:
@@ -292,6 +297,10 @@ class Machine:
                 return
             if self._state != "paused":
                 raise ConfigError("machine-state", f"resume: this machine is {self._state}")
+            # The same for all, so that their counters agree as before.
+            lost = self._engine.host_tsc() - self._paused_at
+            for cpu in self._threads:
+                cpu.skip += lost
             self.clock.resume()
             self._state = "running"
             self._attention = any(cpu.calls for cpu in self._threads)
@@ -464,7 +473,6 @@ class Machine:
 
     def _park(self, cpu: _Cpu) -> bool:
         """Stand still as long as somebody wants it; False when the thread must end."""
-        tsc: int | None = None
         with self._lock:
             while True:
                 while cpu.calls:
@@ -474,15 +482,16 @@ class Machine:
                     self._lock.notify_all()
                     return False
                 if self._state == "running":
-                    if tsc is not None:
-                        cpu.vcpu.set_tsc(tsc)
+                    if cpu.skip:
+                        cpu.vcpu.skip_time(cpu.skip)
+                        cpu.skip = 0
                     cpu.parked = False
                     self._attention = any(other.calls for other in self._threads)
                     return True
-                if self._state == "paused" and tsc is None:
-                    tsc = cpu.vcpu.state()["tsc"]
-                cpu.parked = True
-                self._lock.notify_all()
+                if not cpu.parked:
+                    # Once: two that stand still would wake each other for ever.
+                    cpu.parked = True
+                    self._lock.notify_all()
                 self._lock.wait()
 
     def _wake(self) -> None:

@@ -45,6 +45,7 @@ FIGURES = {
         "engine.exceptions": "exceptions delivered",
         "engine.page_faults": "page faults among them",
         "engine.events": "times that translated code was stopped to look for events",
+        "engine.exclusive_sections": "times that all other processors stood still for one",
         "engine.halts": "times that HLT waited",
     },
     "instructions performed by helpers": {

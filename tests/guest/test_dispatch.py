@@ -241,3 +241,31 @@ def test_ranges_must_not_overlap() -> None:
     dispatch.replace([port], [])
     dispatch.replace([], [])
     assert sys.getrefcount(port) == before
+
+
+def test_a_page_that_was_a_devices_can_become_memory(guest: Guest) -> None:
+    device = Recorder()
+    load = b"\x8b\x03"  # mov eax,[rbx]
+    # The entry of the page directory for GPA, by way of CR3, into rsi.
+    code = b"\x0f\x20\xd8\x48\x25\x00\xf0\xff\xff"  # mov rax,cr3; and rax,~0xfff
+    code += b"\x48\x8b\x00\x48\x25\x00\xf0\xff\xff"  # mov rax,[rax]; and rax,~0xfff
+    code += b"\x48\x8b\x40\x18\x48\x25\x00\xf0\xff\xff"  # mov rax,[rax+3*8]; and rax,~0xfff
+    code += b"\x48\x8d\xb0" + pack("<I", 8 * 128)  # lea rsi,[rax+8*128]
+    code += b"\xc7\x04\x25" + pack("<II", 0x20_0000, 0x1234_5678)  # mov dword [0x200000],0x12345678
+    point = b"\x48\xc7\x06" + pack("<I", 0x20_0083)  # mov qword [rsi],0x200083
+    back = b"\xb8" + pack("<I", GPA | 0x83) + b"\x48\x89\x06"  # mov eax,GPA|0x83; mov [rsi],rax
+    flushes = [
+        b"\x0f\x01\x3b",  # invlpg [rbx]
+        b"\x0f\x20\xd8\x0f\x22\xd8",  # mov rax,cr3; mov cr3,rax
+        b"\x0f\x20\xe0\x48\x0f\xba\xf8\x07\x0f\x22\xe0",  # mov rax,cr4; btc rax,7; mov cr4,rax
+    ]
+    for flush in flushes:
+        code += store(load) + store(load) + point + flush + store(load)
+        code += b"\xff\x03"  # inc dword [rbx]: memory now
+        code += back + flush + store(load)
+    with guest(code, device) as machine:
+        assert machine.run(30).kind == "power-off"
+        found = memoryview(machine.memory.read(RESULTS, 4 * 8 * len(flushes))).cast("Q").tolist()
+        answer = ANSWER & 0xFFFF_FFFF
+        assert found == [value for at in range(3) for value in (answer, answer, 0x1234_5678 + at, answer)]
+    assert len(device.seen) == 3 * len(flushes)

@@ -19,6 +19,7 @@ README = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "README.md").read_tex
 PROMISES = {
     "boot.py": r"Linux tiny \d+\.\d+\.\d+-\S*amd64 .* x86_64 GNU/Linux\npower-off\n",
     "device.py": "".join(rf"the guest reads {n} degrees\n" for n in (20, 21, 22)),
+    "insight.py": r"(?s)translation\n  engine\.blocks +[\d,]+  .*\ntime by part\n  time\.total_ns +\d.*",
 }
 """What each example prints."""
 

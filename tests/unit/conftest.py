@@ -45,6 +45,7 @@ class FakeVcpu:
         self.due = False
         self.length = 0
         self.pages: dict[int, int] = {}
+        self.skipped: list[int] = []
         self.running = False
 
     def run(self, reply: Any = None) -> Any:
@@ -82,9 +83,9 @@ class FakeVcpu:
     def set_state(self, state: dict[str, Any]) -> None:
         self.loaded = state
 
-    def set_tsc(self, tsc: int) -> None:
+    def skip_time(self, ticks: int) -> None:
         assert self.thread in (None, threading.get_ident()), "another thread's processor"
-        self.loaded["tsc"] = tsc
+        self.skipped.append(ticks)
 
     def kick(self) -> None:
         self.kicks.put(None)
@@ -132,7 +133,11 @@ class FakeEngine:
         self.cpus = cpus
         self.slots: list[tuple[int, FakeRegion, int]] = []
         self.levels: list[tuple[int, bool]] = []
+        self.tsc = 0
         native.engines.append(self)
+
+    def host_tsc(self) -> int:
+        return self.tsc
 
     def map(self, gpa: int, region: FakeRegion, offset: int, length: int) -> None:
         self.slots.append((gpa, region, length))

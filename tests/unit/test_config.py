@@ -41,10 +41,11 @@ def test_bad_sizes(text: str) -> None:
 
 def test_checks() -> None:
     assert MachineConfig.check(kernel="k").memory == 512 << 20
+    assert MachineConfig.check(kernel="k", cpus=64).cpus == 64
     wrongs: list[dict[str, Any]] = [
         {"kernel": None},
         {"kernel": "k", "cpus": 0},
-        {"kernel": "k", "cpus": 256},
+        {"kernel": "k", "cpus": 65},
         {"kernel": "k", "cpus": True},
         {"kernel": "k", "boot": "bios"},
         {"kernel": "k", "memory": "1M"},

@@ -123,13 +123,13 @@ def test_pause_stops_the_guest_and_its_time(native: Any, kernel: str) -> None:
         while True:
             yield OUT, 0x80, 1, 0
 
-    native.guests = [counter]
-    with Machine(kernel) as machine:
+    native.guests = [counter, counter]
+    with Machine(kernel, cpus=2) as machine:
         machine.start()
-        machine._threads[0].vcpu.loaded["tsc"] = 1000  # type: ignore[attr-defined]
+        native.engines[0].tsc = 1000
         machine.pause()
         assert machine.status == "paused"
-        machine._threads[0].vcpu.loaded["tsc"] = 2000  # type: ignore[attr-defined]
+        native.engines[0].tsc = 2500
         before, time = machine.stats().get("exits.pio-out", 0), machine.clock.now_ns()
         assert machine.registers["rip"] == 0x100_0040
         assert machine.stats().get("exits.pio-out", 0) == before
@@ -139,7 +139,10 @@ def test_pause_stops_the_guest_and_its_time(native: Any, kernel: str) -> None:
         machine.resume()
         while machine.stats().get("exits.pio-out", 0) == before:
             machine.registers  # noqa: B018
-        assert machine.registers["tsc"] == 1000, "the counter stands still too"
+        while not all(vcpu.skipped for vcpu in native.vcpus):
+            machine.cpu_registers(1)
+        skipped = [vcpu.skipped for vcpu in native.vcpus]
+        assert skipped == [[1500], [1500]], "the counters stand still too, and go on together"
         machine.pause()
         machine.stop()
         assert machine.wait(10).kind == "stopped"
@@ -250,6 +253,27 @@ def test_several_processors(native: Any, kernel: str) -> None:
         assert machine.start().wait(10).kind == "power-off"
         assert machine.cpu_registers(1) == {}
     assert threading.active_count() == 1
+
+
+def test_processors_that_stand_still_do_not_wake_each_other(
+    native: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.guests = [idle, idle, idle]
+    with Machine(kernel, cpus=3) as machine:
+        machine.start()
+        woken = []
+        notify = machine._lock.notify_all
+
+        def count() -> None:
+            woken.append(threading.current_thread())
+            notify()
+
+        monkeypatch.setattr(machine._lock, "notify_all", count)
+        machine.pause()
+        for cpu in [0, 1, 2] * 10:
+            machine.cpu_registers(cpu)
+        # One to ask and one to answer each, and each processor once.
+        assert len(woken) <= 2 * 30 + 3 + 1
 
 
 def test_stop_from_another_thread(native: Any, kernel: str) -> None:

@@ -93,10 +93,11 @@ pub trait Vcpu: Send {
     fn state(&mut self) -> CpuState;
     /// Replace the state.
     fn set_state(&mut self, state: &CpuState) -> Result<()>;
-    /// Set the time-stamp counter. The guest's other clocks and timers that the
-    /// engine keeps move with it: a counter set back to what it was at the start
-    /// of a pause leaves the guest without a trace of the pause.
-    fn set_tsc(&mut self, tsc: u64);
+    /// Take `ticks` of the host's time-stamp counter out of the guest's time: its
+    /// counter goes back by so many, and the guest's other clocks and timers that
+    /// the engine keeps go with it. Done alike to all processors of a machine after
+    /// a pause, it leaves the guest without a trace of the pause.
+    fn skip_time(&mut self, ticks: u64);
     /// A handle that kicks this processor.
     fn kicker(&self) -> Arc<dyn Kicker>;
     /// Translate a guest-virtual address as supervisor data; None if unmapped.
@@ -134,4 +135,6 @@ pub trait Engine: Send + Sync {
     fn take_dirty(&self, gpa: u64, length: u64) -> Result<Vec<u8>>;
     /// Ticks of the guest's time-stamp counter in a second.
     fn tsc_hz(&self) -> u64;
+    /// The host's time-stamp counter, which [`Vcpu::skip_time`] counts in.
+    fn host_tsc(&self) -> u64;
 }

@@ -75,6 +75,9 @@ pub struct CpuState {
     pub interrupt_shadow: bool,
     /// NMIs are blocked until IRET.
     pub nmi_blocked: bool,
+    /// The processor does nothing before a start-up IPI.
+    #[serde(default)]
+    pub waits_for_sipi: bool,
 }
 
 /// Index into [`CpuState::segments`].

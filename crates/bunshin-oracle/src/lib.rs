@@ -21,6 +21,7 @@ pub mod native;
 pub mod programs;
 pub mod random;
 pub mod state;
+pub mod system;
 #[cfg(feature = "translator")]
 pub mod translated;
 

@@ -42,6 +42,11 @@ impl Engine {
         self.inner.tsc_hz()
     }
 
+    /// The host's time-stamp counter.
+    fn host_tsc(&self) -> u64 {
+        self.inner.host_tsc()
+    }
+
     fn __repr__(&self) -> String {
         format!("<Engine {}>", self.inner.name())
     }

@@ -349,9 +349,9 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Set the time-stamp counter, and the guest's clocks with it.
-    fn set_tsc(&self, tsc: u64) -> PyResult<()> {
-        self.lock()?.call(|vcpu| vcpu.set_tsc(tsc)).map_err(panicked)
+    /// Take ticks of the host's time-stamp counter out of the guest's time.
+    fn skip_time(&self, ticks: u64) -> PyResult<()> {
+        self.lock()?.call(|vcpu| vcpu.skip_time(ticks)).map_err(panicked)
     }
 
     /// Make `run` return KICKED soon; any thread.

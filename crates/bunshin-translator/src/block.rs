@@ -124,7 +124,7 @@ pub struct Blocks {
     /// In order of host address.
     pub all: Vec<Block>,
     pub index: NumberMap<Key, u32>,
-    /// Live blocks by page (index in `Phys::code`).
+    /// Live blocks by page (index in `Phys::pages`).
     pub by_page: NumberMap<usize, Vec<u32>>,
     pub sites: Vec<Site>,
     /// First of the linked sites that cross pages.
@@ -158,15 +158,6 @@ impl Blocks {
         let p = b.points.partition_point(|p| u64::from(p.host) <= off);
         Some((b, *b.points.get(p.checked_sub(1)?)?))
     }
-}
-
-/// When guest memory changes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Written {
-    /// After the call.
-    Soon,
-    /// It has already.
-    Already,
 }
 
 impl Vcpu {
@@ -313,16 +304,16 @@ impl Vcpu {
         }
     }
 
-    /// Guest memory `[gpa, gpa + length)` inside one page is about to change, or has:
-    /// drop the translations that were made from it.
-    pub fn code_changed(&mut self, gpa: u64, length: u64, written: Written) {
+    /// Guest memory `[gpa, gpa + length)` inside one page is about to change: drop the
+    /// translations that were made from it. They may come back (`revive.rs`).
+    pub fn code_changed(&mut self, gpa: u64, length: u64) {
         let Some(page) = self.phys.page(gpa) else { return };
-        if !self.phys.code[page] {
+        if self.phys.pages.code(page) & self.me() == 0 {
             return;
         }
         self.counters.code_writes += 1;
         let Some(mut ids) = self.blocks.by_page.remove(&page) else {
-            self.phys.code[page] = false;
+            self.phys.pages.forget_code(page, self.me());
             return;
         };
         let (from, to) = (gpa & 0xfff, (gpa & 0xfff) + length);
@@ -343,23 +334,32 @@ impl Vcpu {
             // stores that follow are fast again.
             self.counters.pages_dropped += 1;
             for i in ids.drain(..) {
-                if written == Written::Soon {
-                    self.bury(i);
-                }
+                self.bury(i);
                 self.kill(i);
             }
         }
         if ids.is_empty() {
-            self.phys.code[page] = false;
+            self.phys.pages.forget_code(page, self.me());
         } else {
             self.blocks.by_page.insert(page, ids);
         }
     }
 
+    /// Drop all translations that were made from `page`, which has changed already.
+    pub fn drop_page(&mut self, page: usize) {
+        if let Some(ids) = self.blocks.by_page.remove(&page) {
+            self.counters.pages_dropped += 1;
+            for id in ids {
+                self.kill(id);
+            }
+        }
+        self.phys.pages.forget_code(page, self.me());
+    }
+
     /// Forget every translation.
     pub fn flush_code(&mut self) {
         for &page in self.blocks.by_page.keys() {
-            self.phys.code[page] = false;
+            self.phys.pages.forget_code(page, self.me());
         }
         self.blocks = Blocks::default();
         self.helpers.clear();

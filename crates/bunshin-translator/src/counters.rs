@@ -68,6 +68,8 @@ counters! {
     interrupts,
     /// Events that stopped translated code.
     events,
+    /// Times that all other processors stood still for this one.
+    exclusive_sections,
     helpers,
     halts,
     port_accesses,

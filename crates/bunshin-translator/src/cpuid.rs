@@ -6,8 +6,14 @@ use std::arch::x86_64::__cpuid_count;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
 
+/// Bits of a physical address.
+pub const PHYSICAL_BITS: u32 = 46;
+
 /// eax, ebx, ecx, edx.
 pub type Regs = [u32; 4];
+
+/// CPUID.80000001H:ECX: topology leaves 8000001D and 8000001E.
+const TOPOEXT: u32 = 22;
 
 pub struct Table {
     cpus: u32,
@@ -28,9 +34,6 @@ fn host(leaf: u32, sub: u32) -> Regs {
     })
 }
 
-/// Width of physical addresses.
-pub const PHYSICAL_BITS: u32 = 46;
-
 fn bits(list: &[u32]) -> u32 {
     list.iter().fold(0, |m, &b| m | 1 << b)
 }
@@ -40,6 +43,28 @@ impl Table {
         let max = host(0, 0)[0].min(0x16);
         let max_ext = host(0x8000_0000, 0)[0].min(0x8000_0021);
         Self { cpus, max, max_ext }
+    }
+
+    /// Bits of an APIC ID that tell the processors apart; each is a core of its own
+    /// and all are in one package.
+    fn id_bits(&self) -> u32 {
+        32 - (self.cpus - 1).leading_zeros()
+    }
+
+    /// APIC IDs set aside for the package.
+    fn ids(&self) -> u32 {
+        1 << self.id_bits()
+    }
+
+    /// A cache as leaves 4 and 0x8000001D describe it: the first two levels belong to
+    /// a core, the others to all.
+    fn cache(&self, host: Regs) -> Regs {
+        let [eax, ebx, ecx, edx] = host;
+        let shared = if eax >> 5 & 7 > 2 { self.ids() - 1 } else { 0 };
+        if eax & 31 == 0 {
+            return [0; 4];
+        }
+        [eax & 0x3fff | shared << 14, ebx, ecx, edx]
     }
 
     /// One leaf as processor `v` answers it.
@@ -64,15 +89,13 @@ impl Table {
                 if !apic_on {
                     edx &= !(1 << 9);
                 }
-                [h[0], (h[1] & 0xff00) | (self.cpus << 16) | (id << 24), ecx, edx]
+                [h[0], (h[1] & 0xff00) | (self.ids() << 16) | (id << 24), ecx, edx]
             }
             2 => host(2, 0),
             4 => {
-                let mut h = host(4, sub);
-                // one core, caches not shared
-                h[0] &= 0x3fff;
+                let mut h = self.cache(host(4, sub));
                 if h[0] & 31 != 0 {
-                    h[0] |= (self.cpus - 1) << 26;
+                    h[0] |= (self.ids() - 1) << 26;
                 }
                 h
             }
@@ -95,7 +118,7 @@ impl Table {
             }
             0xb => match sub {
                 0 => [0, 1, 0x100, id],
-                1 => [(32 - (self.cpus - 1).leading_zeros()).max(1), self.cpus, 0x201, id],
+                1 => [self.id_bits().max(1), self.cpus, 0x201, id],
                 _ => [0, 0, sub, id],
             },
             0xd => self.xsave(sub, v),
@@ -125,7 +148,11 @@ impl Table {
             }
             0x8000_0001 => {
                 let h = host(leaf, 0);
-                let ecx = h[2] & bits(&[0, 5, 6, 7, 8, 11, 16, 21]);
+                let mut ecx = h[2] & bits(&[0, 5, 6, 7, 8, 11, 16, 21, TOPOEXT]);
+                if crate::host::amd() && self.cpus > 1 {
+                    // CmpLegacy: what HTT counts are cores.
+                    ecx |= 1 << 1;
+                }
                 let mut edx = h[3] & !bits(&[7, 14, 18, 21, 28]);
                 edx |= bits(&[11, 20, 26, 27, 29]);
                 [h[0], h[1] & 0xffff_0000, ecx, edx]
@@ -134,15 +161,14 @@ impl Table {
             0x8000_0007 => [0, 0, 0, 1 << 8],
             0x8000_0008 => {
                 let h = host(leaf, 0);
-                [(h[0] & 0xff00) | PHYSICAL_BITS, 0, self.cpus - 1, 0]
+                [(h[0] & 0xff00) | PHYSICAL_BITS, 0, self.id_bits() << 12 | (self.cpus - 1), 0]
             }
             0x8000_001a if leaf <= self.max_ext => host(leaf, 0),
-            0x8000_001d if leaf <= self.max_ext => {
-                let mut h = host(leaf, sub);
-                h[0] &= 0x3fff;
-                h
+            0x8000_001d if leaf <= self.max_ext => self.cache(host(leaf, sub)),
+            // Cores of one thread, on one node.
+            0x8000_001e if leaf <= self.max_ext && host(0x8000_0001, 0)[2] >> TOPOEXT & 1 != 0 => {
+                [id, id & 0xff, 0, 0]
             }
-            0x8000_001e => [id, id, 0, 0],
             // LFENCE serialises, null selector clears base
             0x8000_0021 => [host(leaf, 0)[0] & bits(&[0, 2, 6]), 0, 0, 0],
             _ => [0; 4],

@@ -1,13 +1,15 @@
 //! The translator behind the engine boundary.
 use crate::mmu::{Kind, Phys, Who};
-use crate::vcpu::{Effort, Shared, Vcpu as Cpu};
+use crate::pages::{Pages, MAX_CPUS};
+use crate::shared::{Crew, Order, Shared};
+use crate::vcpu::{Effort, Vcpu as Cpu};
 use crate::{cpuid, host};
 use bunshin_core::chips::Chips;
 use bunshin_core::{
     clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu,
 };
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::atomic::{fence, AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Most guest memory, bytes.
 const MEMORY: u64 = 1 << 40;
@@ -26,7 +28,7 @@ pub struct TranslatorEngine {
     memory: Arc<GuestMemory>,
     chips: Arc<Chips>,
     cpuid: Arc<cpuid::Table>,
-    cpus: Vec<OnceLock<Arc<Shared>>>,
+    crew: Arc<Crew>,
     taken: Mutex<Vec<bool>>,
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
     effort: Effort,
@@ -54,32 +56,29 @@ impl TranslatorEngine {
                 format!("the translator needs {} of the host processor and kernel", missing.join(", ")),
             ));
         }
-        if cpus != 1 {
+        if !(1..=MAX_CPUS).contains(&cpus) {
             return Err(EngineError::new(
                 "cpus",
-                format!("{cpus} processors asked for; this version runs 1"),
+                format!("{cpus} processors asked for, the translator runs 1 to {MAX_CPUS}"),
             ));
         }
-        let engine = Arc::new_cyclic(|me: &std::sync::Weak<Self>| {
-            let me = me.clone();
-            let kick = Box::new(move |n: u32| {
-                if let Some(e) = me.upgrade() {
-                    if let Some(s) = e.cpus.get(n as usize).and_then(OnceLock::get) {
-                        s.poke();
-                    }
-                }
-            });
-            Self {
-                memory: GuestMemory::new(),
-                chips: Chips::new(cpus, clock::tsc_hz(), kick),
-                cpuid: Arc::new(cpuid::Table::new(cpus)),
-                cpus: (0..cpus).map(|_| OnceLock::new()).collect(),
-                taken: Mutex::new(vec![false; cpus as usize]),
-                doorbells: Arc::default(),
-                effort,
-                exact_flags: AtomicBool::new(false),
-                a20: Arc::new(AtomicBool::new(true)),
+        let crew = Arc::new(Crew::new(cpus));
+        let others = Arc::downgrade(&crew);
+        let kick = Box::new(move |n: u32| {
+            if let Some(s) = others.upgrade().as_ref().and_then(|crew| crew.get(n)) {
+                s.poke();
             }
+        });
+        let engine = Arc::new(Self {
+            memory: GuestMemory::new(),
+            chips: Chips::new(cpus, clock::tsc_hz(), kick),
+            cpuid: Arc::new(cpuid::Table::new(cpus)),
+            crew,
+            taken: Mutex::new(vec![false; cpus as usize]),
+            doorbells: Arc::default(),
+            effort,
+            exact_flags: AtomicBool::new(false),
+            a20: Arc::new(AtomicBool::new(true)),
         });
         Ok(engine)
     }
@@ -89,6 +88,26 @@ impl TranslatorEngine {
     /// who compare this engine with others.
     pub fn keep_flags(&self) {
         self.exact_flags.store(true, Ordering::Relaxed);
+    }
+}
+
+impl TranslatorEngine {
+    /// Let the processors forget translations of memory that was changed from outside.
+    fn changed(&self, pages: &Pages, gpa: u64, length: u64) {
+        let end = gpa.saturating_add(length);
+        let mut told = 0;
+        let mut first = 0;
+        for slot in self.memory.slots() {
+            let (from, to) = (gpa.max(slot.gpa), end.min(slot.gpa + slot.length));
+            for at in (from & !0xfff..to).step_by(4096) {
+                let page = first + ((at - slot.gpa) >> 12) as usize;
+                let who = pages.code(page);
+                told |= who;
+                self.crew.those(who).for_each(|s| s.order(Order::DropCode(page)));
+            }
+            first += (slot.length >> 12) as usize;
+        }
+        self.crew.those(told).for_each(Shared::poke);
     }
 }
 
@@ -106,19 +125,17 @@ impl Engine for TranslatorEngine {
             }
             Some(t) => *t = true,
         }
-        let mut shared = None;
         let mut v = Cpu::new(
             index,
-            Phys::new(self.memory.slots()),
+            Phys::new(self.memory.slots(), &self.crew),
             self.chips.clone(),
             self.cpuid.clone(),
-            &mut shared,
+            self.crew.clone(),
         )?;
         v.doorbells = self.doorbells.clone();
         v.gate = self.a20.clone();
         v.effort = self.effort;
         v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
-        let _ = self.cpus[index as usize].set(shared.unwrap());
         Ok(Box::new(Handle(v)))
     }
 
@@ -154,9 +171,10 @@ impl Engine for TranslatorEngine {
 
     fn write(&self, gpa: u64, from: &[u8]) -> bool {
         let done = self.memory.write(gpa, from);
-        for s in self.cpus.iter().filter_map(OnceLock::get) {
-            s.changed.lock().unwrap().push((gpa, from.len() as u64));
-            s.poke();
+        // Who announces a translation from now on reads the new bytes.
+        fence(Ordering::SeqCst);
+        if let Some(pages) = self.crew.known_pages() {
+            self.changed(pages, gpa, from.len() as u64);
         }
         done
     }
@@ -167,7 +185,7 @@ impl Engine for TranslatorEngine {
 
     fn set_a20(&self, open: bool) {
         self.a20.store(open, Ordering::Release);
-        for s in self.cpus.iter().filter_map(OnceLock::get) {
+        for s in (0..MAX_CPUS).filter_map(|n| self.crew.get(n)) {
             s.poke();
         }
     }
@@ -194,6 +212,10 @@ impl Engine for TranslatorEngine {
     fn tsc_hz(&self) -> u64 {
         clock::tsc_hz()
     }
+
+    fn host_tsc(&self) -> u64 {
+        clock::rdtsc()
+    }
 }
 
 struct Handle(Box<Cpu>);
@@ -212,11 +234,11 @@ impl Vcpu for Handle {
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<()> {
-        self.0.set_state(state)
+        self.0.visit(|v| v.set_state(state))
     }
 
-    fn set_tsc(&mut self, tsc: u64) {
-        self.0.set_tsc(tsc);
+    fn skip_time(&mut self, ticks: u64) {
+        self.0.skip_time(ticks);
     }
 
     fn kicker(&self) -> Arc<dyn Kicker> {

@@ -12,11 +12,14 @@
 //! A page that holds translations, or is read-only memory, never gets a store
 //! tag: stores to it take the slow path (`slow.rs`).
 use crate::cpu::*;
+use crate::pages::Pages;
+use crate::shared::Crew;
 use crate::vcpu::Vcpu;
 use bunshin_core::memory::Slot;
 use bunshin_core::{EngineError, Exit, Result};
 use iced_x86::{CodeSize, Instruction, OpKind, Register};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::Arc;
 
 /// A processor exception about to be delivered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -168,10 +171,10 @@ pub enum Kind {
 /// Guest RAM as the processor sees it.
 pub struct Phys {
     pub slots: Vec<PhysSlot>,
-    /// For each page of every slot: translations were made from it.
-    pub code: Vec<bool>,
-    /// For each page: which table holds a store tag for it. 0 none, else
-    /// 1 + (region << 16 | index), or `MANY`.
+    /// What all processors hold of each page of every slot.
+    pub pages: Arc<Pages>,
+    /// For each page: which table of this processor holds a store tag for it. 0
+    /// none, else 1 + (region << 16 | index), or `MANY`.
     pub hints: Vec<u32>,
 }
 
@@ -180,7 +183,7 @@ pub struct PhysSlot {
     pub end: u64,
     pub host: u64,
     pub readonly: bool,
-    /// Index of its first page in `Phys::code`.
+    /// Index of its first page in `Phys::pages`.
     pub first: usize,
     _keep: Slot,
 }
@@ -188,7 +191,7 @@ pub struct PhysSlot {
 const MANY: u32 = u32::MAX;
 
 impl Phys {
-    pub fn new(slots: Vec<Slot>) -> Self {
+    pub fn new(slots: Vec<Slot>, crew: &Crew) -> Self {
         let mut first = 0;
         let slots: Vec<_> = slots
             .into_iter()
@@ -206,7 +209,7 @@ impl Phys {
             })
             .collect();
         // Both come as untouched zero pages, however much memory the guest has.
-        Self { slots, code: vec![false; first], hints: vec![0; first] }
+        Self { slots, pages: crew.pages(first), hints: vec![0; first] }
     }
 
     #[inline]
@@ -223,6 +226,13 @@ impl Phys {
     #[inline]
     pub fn page(&self, gpa: u64) -> Option<usize> {
         self.slot(gpa).map(|s| s.first + ((gpa - s.gpa) >> 12) as usize)
+    }
+
+    /// Host address of the first byte of a page, by its index; 0 if there is none.
+    pub fn host_of(&self, page: usize) -> u64 {
+        let pages = |s: &PhysSlot| ((s.end - s.gpa) >> 12) as usize;
+        let slot = self.slots.iter().find(|s| page >= s.first && page - s.first < pages(s));
+        slot.map_or(0, |s| s.host + ((page - s.first) as u64) * 4096)
     }
 }
 
@@ -251,6 +261,17 @@ pub struct Region {
     pub last_use: u64,
     /// Slots that hot code was given so far, of all regions alike.
     pub slots: usize,
+    /// The page of a device that was touched last.
+    device: Option<DevicePage>,
+}
+
+/// A translation that the tables cannot hold, since there is no RAM behind it. Drivers
+/// stay with one page for long. It goes whenever any entry of its region does.
+#[derive(Clone, Copy)]
+struct DevicePage {
+    va: u64,
+    gpa: u64,
+    store: bool,
 }
 
 /// Entries of a journal; more than a table has, so re-entered ones fit too.
@@ -306,6 +327,7 @@ impl Region {
 
     /// Forget what the slots hold, or only what lies between `from` and `to`.
     fn flush_slots(&mut self, from: u64, to: u64) {
+        self.device = None;
         // SAFETY: inside the region's mapping; translated code does not run meanwhile.
         let tags = unsafe {
             std::slice::from_raw_parts_mut((self.base + u64::from(SLOT_T)) as *mut u64, self.slots)
@@ -314,6 +336,12 @@ impl Region {
             let page = t.wrapping_neg();
             *t = if page >= from && page <= to { NO_PAGE } else { *t };
         }
+    }
+
+    /// The gpa behind `va`, if the last device lies there.
+    fn device_page(&self, va: u64, write: bool) -> Option<u64> {
+        let page = self.device.filter(|d| d.va == va & !0xfff && (d.store || !write))?;
+        Some(page.gpa | (va & 0xfff))
     }
 
     /// A signal pointed gs to the twin: a slot filled just then has its tag there.
@@ -513,6 +541,7 @@ impl Regions {
                     owner: None,
                     last_use: 0,
                     slots: 0,
+                    device: None,
                 });
             }
             for fd in [cpu_fd, jc_fd, host_fd, way_fd] {
@@ -661,11 +690,25 @@ impl Vcpu {
 
     /// Walk the guest's page tables, setting accessed and dirty bits.
     pub fn walk(&mut self, va: u64, who: Who, kind: Kind) -> std::result::Result<Mapping, Exception> {
+        loop {
+            if let Some(m) = self.walk_once(va, who, kind)? {
+                return Ok(m);
+            }
+        }
+    }
+
+    /// None: an entry changed under our hands, walk again.
+    fn walk_once(
+        &mut self,
+        va: u64,
+        who: Who,
+        kind: Kind,
+    ) -> std::result::Result<Option<Mapping>, Exception> {
         let c = self.cpu();
         let (cr0, cr3, cr4, efer) = (c.cr0, c.cr3, c.cr4, c.efer);
         if cr0 & CR0_PG == 0 {
             let gpa = va & 0xffff_ffff & !0xfff & self.lines;
-            return Ok(Mapping { gpa, store: true, user: true, global: false, bits: 12 });
+            return Ok(Some(Mapping { gpa, store: true, user: true, global: false, bits: 12 }));
         }
         self.counters.walks += 1;
         let long = efer & 0x400 != 0;
@@ -721,6 +764,10 @@ impl Vcpu {
                 continue;
             }
             let bits = at as u8;
+            // Between the PAT bit and the address of a large page.
+            if entry_bits == 3 && level > 1 && e & ((1 << bits) - 1) & !0x1fff != 0 {
+                return Err(self.fault(va, who, kind, true, true));
+            }
             let user = rights & U != 0;
             let writable = rights & W != 0;
             let denied = match who {
@@ -739,8 +786,8 @@ impl Vcpu {
             let may_store = writable || (who != Who::User && cr0 & CR0_WP == 0);
             for (i, &(address, e)) in seen[..depth].iter().enumerate() {
                 let want = e | A | if i + 1 == depth && kind == Kind::Write { D } else { 0 };
-                if want != e {
-                    self.set_entry(address, entry_bits == 3, want & !e);
+                if want != e && !self.replace_entry(address, entry_bits == 3, e, want) {
+                    return Ok(None);
                 }
             }
             let dirty = e & D != 0 || kind == Kind::Write;
@@ -749,13 +796,13 @@ impl Vcpu {
             } else {
                 e & ADDRESS & !((1u64 << bits) - 1)
             };
-            return Ok(Mapping {
+            return Ok(Some(Mapping {
                 gpa: (base | (va & ((1u64 << bits) - 1) & !0xfff)) & self.lines,
                 store: may_store && dirty,
                 user,
                 global: e & G != 0 && cr4 & CR4_PGE != 0,
                 bits,
-            });
+            }));
         }
     }
 
@@ -790,17 +837,28 @@ impl Vcpu {
         })
     }
 
-    fn set_entry(&self, gpa: u64, wide: bool, bits: u64) {
-        if let Some(host) = self.phys.host(gpa & self.lines) {
-            // SAFETY: as in `read_entry`.
-            unsafe {
-                if wide {
-                    (*(host as *const AtomicU64)).fetch_or(bits, Ordering::Relaxed);
-                } else {
-                    (*(host as *const AtomicU32)).fetch_or(bits as u32, Ordering::Relaxed);
-                }
+    /// Set bits of an entry if it is still `old`: false when another processor or
+    /// the guest has changed it. An entry outside RAM stays as it is.
+    fn replace_entry(&self, gpa: u64, wide: bool, old: u64, new: u64) -> bool {
+        let Some(host) = self.phys.host(gpa & self.lines) else { return true };
+        let relaxed = Ordering::Relaxed;
+        // SAFETY: as in `read_entry`.
+        unsafe {
+            if wide {
+                (*(host as *const AtomicU64)).compare_exchange(old, new, relaxed, relaxed).is_ok()
+            } else {
+                let entry = &*(host as *const AtomicU32);
+                entry.compare_exchange(old as u32, new as u32, relaxed, relaxed).is_ok()
             }
         }
+    }
+
+    /// A store to `page` by this processor needs no more than to be done, up to the
+    /// next safe point: nobody has translations of the page.
+    fn stores_freely(&self, page: usize) -> bool {
+        let pages = &self.phys.pages;
+        // Code is no place for many stores: no announcement of one that is not done.
+        pages.code(page) == 0 && pages.announce_store(page, self.me()) == 0
     }
 
     /// Enter a mapping in the current region. False: not RAM, or a store that
@@ -810,7 +868,7 @@ impl Vcpu {
         let host = s.host + (m.gpa - s.gpa);
         let page = s.first + ((m.gpa - s.gpa) >> 12) as usize;
         let readonly = s.readonly;
-        let store = m.store && !readonly && !self.phys.code[page] && !self.watched(va, Kind::Write);
+        let store = m.store && !readonly && self.stores_freely(page) && !self.watched(va, Kind::Write);
         if write && !store || self.watched(va, Kind::Read) {
             return false;
         }
@@ -868,6 +926,9 @@ impl Vcpu {
         if (va & 0xfff) + size > 4096 || astray {
             return Filled::Slow;
         }
+        if self.regions.all[self.region].device_page(va, write).is_some() {
+            return Filled::Slow;
+        }
         let kind = if write { Kind::Write } else { Kind::Read };
         let who = self.who();
         match self.walk(va, who, kind) {
@@ -894,6 +955,9 @@ impl Vcpu {
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
                 return Ok((Some(h), 0));
             }
+            if let Some(gpa) = self.regions.all[self.region].device_page(va, kind == Kind::Write) {
+                return Ok((None, gpa));
+            }
         }
         let m = self.walk(va, who, kind)?;
         let gpa = m.gpa | (va & 0xfff);
@@ -902,10 +966,15 @@ impl Vcpu {
         } else if own {
             self.counters.tlb_helper += 1;
             self.enter_tlb(va, &m, kind == Kind::Write);
+            // What supervisor code sees of user pages depends on AC besides.
+            if self.phys.slot(gpa).is_none() && !(self.region == 0 && m.user) {
+                self.regions.all[self.region].device =
+                    Some(DevicePage { va: va & !0xfff, gpa: m.gpa, store: m.store });
+            }
         }
         let host = match self.phys.slot(gpa) {
             Some(s) if kind != Kind::Write => Some(s.host + (gpa - s.gpa)),
-            Some(s) if !s.readonly && !self.phys.code[s.first + ((gpa - s.gpa) >> 12) as usize] => {
+            Some(s) if !s.readonly && self.stores_freely(s.first + ((gpa - s.gpa) >> 12) as usize) => {
                 Some(s.host + (gpa - s.gpa))
             }
             _ => None,
@@ -913,10 +982,10 @@ impl Vcpu {
         Ok((host, gpa))
     }
 
-    /// The first translation of a page: no table may let stores through.
-    pub fn protect_page(&mut self, page: usize, host: u64) {
-        self.phys.code[page] = true;
+    /// No table of this processor may let stores to `page` through.
+    pub fn drop_store_tags(&mut self, page: usize) {
         let hint = std::mem::take(&mut self.phys.hints[page]);
+        let host = self.phys.host_of(page);
         if hint != 0 {
             for r in &mut self.regions.all {
                 r.protect_slots(host);

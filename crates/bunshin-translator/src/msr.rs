@@ -5,6 +5,7 @@
 use crate::mmu::canonical;
 use crate::vcpu::Vcpu;
 use bunshin_core::clock;
+use std::sync::atomic::{fence, Ordering};
 
 pub const EFER: u32 = 0xc000_0080;
 const PAT_RESET: u64 = 0x0007_0406_0007_0406;
@@ -78,6 +79,11 @@ pub const SAVED: [u32; 28] = [
     0x26e,
     0x26f,
 ];
+
+/// Nanoseconds that the time-stamp counter takes for `ticks`.
+fn ns_of(ticks: u64) -> u64 {
+    (u128::from(ticks) * 1_000_000_000 / u128::from(clock::tsc_hz())) as u64
+}
 
 impl Vcpu {
     /// RDMSR; None is #GP.
@@ -180,7 +186,9 @@ impl Vcpu {
             0xc000_0103 => self.msrs.tsc_aux = x & 0xffff_ffff,
             0x4b56_4d00 => {
                 self.msrs.kvm_wall = x;
-                self.write_wall_clock(x);
+                if x != 0 {
+                    self.write_wall_clock(x);
+                }
             }
             0x4b56_4d01 => {
                 self.msrs.kvm_time = x;
@@ -193,31 +201,31 @@ impl Vcpu {
 
     pub fn set_tsc_offset(&mut self, offset: u64) {
         self.cpu_mut().tsc_offset = offset;
-        self.chips.set_tsc_offset(offset as i64);
+        self.chips.set_tsc_offset(self.index, offset as i64);
         self.write_kvm_clock();
     }
 
-    /// As `bunshin_core::Vcpu::set_tsc`; the chipset follows the first processor.
-    pub fn set_tsc(&mut self, tsc: u64) {
-        let offset = tsc.wrapping_sub(clock::rdtsc());
-        let ticks = self.cpu().tsc_offset.wrapping_sub(offset) as i64;
-        let lost = (i128::from(ticks) * 1_000_000_000 / i128::from(clock::tsc_hz())) as i64;
-        self.boot_ns = self.boot_ns.saturating_add_signed(lost);
-        if self.index == 0 {
-            self.chips.delay(lost);
-        }
+    /// As `bunshin_core::Vcpu::skip_time`.
+    pub fn skip_time(&mut self, ticks: u64) {
+        // The guest's counter and its system time go on where they were, so what
+        // `write_kvm_clock` has told stays true.
+        let ns = ns_of(ticks);
+        self.start.tsc = self.start.tsc.wrapping_add(ticks);
+        self.start.ns = self.start.ns.saturating_add(ns);
+        let offset = self.cpu().tsc_offset.wrapping_sub(ticks);
+        self.cpu_mut().tsc_offset = offset;
+        self.chips.set_tsc_offset(self.index, offset as i64);
+        self.chips.delay(self.index, ns as i64);
         self.look = true;
-        self.set_tsc_offset(offset);
     }
 
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) {
-        // Callers' structures are aligned to 4 bytes.
         for (k, chunk) in bytes.chunks(4).enumerate() {
-            let at = gpa + 4 * k as u64;
-            self.code_changed(at, chunk.len() as u64, crate::block::Written::Soon);
-            if let Some(h) = self.phys.host(at) {
-                // SAFETY: 4-byte pieces of a 4-aligned structure stay inside a page.
-                unsafe { std::ptr::copy_nonoverlapping(chunk.as_ptr(), h as *mut u8, chunk.len()) };
+            let at = gpa.wrapping_add(4 * k as u64);
+            if self.phys.slot(at).is_some() {
+                // A piece of 4 bytes, aligned, stays inside a page. Without it the guest's clock
+                // is wrong, which is its own doing where that is no RAM.
+                let _ = self.special_write(at, chunk);
             }
         }
     }
@@ -241,15 +249,23 @@ impl Vcpu {
         // The counter is shifted first: rate after the shift is hz << shift.
         let rate = if shift < 0 { hz >> -shift } else { hz << shift };
         let mul = ((1_000_000_000u128 << 32) / u128::from(rate)).min(u128::from(u32::MAX)) as u32;
-        let (tsc, now) = (self.tsc(), clock::now_ns().saturating_sub(self.boot_ns));
+        // One moment for all processors: the guest may read any one's structure.
+        let tsc = self.start.tsc.wrapping_add(self.cpu().tsc_offset);
+        let version = self.clock_version.wrapping_add(2);
+        self.clock_version = version;
         let mut b = [0u8; 32];
-        b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[8..16].copy_from_slice(&tsc.to_le_bytes());
-        b[16..24].copy_from_slice(&now.to_le_bytes());
         b[24..28].copy_from_slice(&mul.to_le_bytes());
         b[28] = shift as u8;
-        b[29] = 1; // the counters of all processors agree
-        self.write_physical(msr & !3, &b);
+        // The counters of all processors agree.
+        b[29] = 1;
+        // Odd while the rest changes.
+        let gpa = msr & !3;
+        for (n, length) in [(version.wrapping_sub(1), 8), (version.wrapping_sub(1), 32), (version, 8)] {
+            b[0..4].copy_from_slice(&n.to_le_bytes());
+            self.write_physical(gpa, &b[..length]);
+            fence(Ordering::SeqCst);
+        }
     }
 
     /// struct pvclock_wall_clock: time of day at system time zero.
@@ -258,7 +274,7 @@ impl Vcpu {
         // SAFETY: writes one timespec.
         unsafe { libc::clock_gettime(libc::CLOCK_REALTIME, &mut t) };
         let now = t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64;
-        let start = now - clock::now_ns().saturating_sub(self.boot_ns);
+        let start = now - clock::now_ns().saturating_sub(self.start.ns);
         let mut b = [0u8; 16];
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());

@@ -61,7 +61,9 @@ impl Vcpu {
     /// code behind it.
     pub fn go_on(&mut self, answered: bool) -> Way {
         match self.left.take() {
-            Some(Left { waits: Some((insn, helper)), behind, .. }) if answered => {
+            Some(Left { waits: Some((insn, helper)), behind, drops }) if answered => {
+                // Other processors may have had translations dropped meanwhile.
+                let behind = if drops == self.drops() { behind } else { Behind::Unknown };
                 self.outside(&insn, helper, behind)
             }
             _ if answered => ControlFlow::Break(self.step()),

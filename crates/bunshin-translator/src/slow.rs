@@ -53,13 +53,10 @@ impl Vcpu {
         Ok(decode(&b, bits, rip))
     }
 
-    /// Bytes of instruction `i`, which lies at rip.
-    fn bytes_of(&mut self, i: &Instruction) -> Result<[u8; 15], Trap> {
+    /// Bytes of instruction `i`, which lies at rip; None if another one does by now.
+    fn bytes_of(&mut self, i: &Instruction) -> Result<Option<[u8; 15]>, Trap> {
         let again = self.fetch()?;
-        if again.len() != i.len() {
-            return Err(Trap::Fault(Exception::ud()));
-        }
-        Ok(self.bytes)
+        Ok((again == *i && again.len() == i.len()).then_some(self.bytes))
     }
 
     pub fn run_snippet(&mut self, bytes: &[u8], i: &Instruction, operand: u64) -> Result<(), Trap> {
@@ -102,11 +99,17 @@ impl Vcpu {
 
     /// Run from `cpu.resume` until an exit.
     pub fn run_code(&mut self) {
-        // SAFETY: the stub keeps the C ABI; `cpu.resume` is code in the cache.
+        self.in_code = true;
+        let (cpu, me) = (&raw mut *self.cpu_mut(), &raw mut *self);
+        // SAFETY: the stub keeps the C ABI; `cpu.resume` is code in the cache. It does
+        // not look at its second argument, which tells the compiler that the
+        // functions which stubs call change this processor.
         unsafe {
-            let enter: extern "C" fn(*mut Cpu) = std::mem::transmute(self.stubs.enter as *const ());
-            enter(self.cpu_mut());
+            let enter: extern "C" fn(*mut Cpu, *mut Self) =
+                std::mem::transmute(self.stubs.enter as *const ());
+            enter(cpu, me);
         }
+        self.in_code = false;
         self.blank_initial();
     }
 
@@ -133,6 +136,10 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
     let h = interp::helper(i);
     if h.run as usize != any as fn(&mut Vcpu, &Instruction) -> Done as usize {
         return (h.run)(v, i);
+    }
+    if locked(i) && !v.exclusive && !v.crew.single() {
+        // The operand goes through the bounce buffer.
+        return v.exclusively(|v| any(v, i));
     }
     match i.mnemonic() {
         M::Nop
@@ -199,11 +206,18 @@ fn lea(v: &mut Vcpu, i: &Instruction) -> Done {
     Ok(Flow::Next)
 }
 
+/// Nothing may come between its load and its store.
+fn locked(i: &Instruction) -> bool {
+    i.has_lock_prefix() || i.mnemonic() == M::Xchg && i.op0_kind() == OpKind::Memory
+}
+
 fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if i.mnemonic() == M::Mov && (0..2).any(|n| i.op_kind(n) == OpKind::Memory) {
         return plain(v, i);
     }
-    let bytes = v.bytes_of(i)?;
+    // Another processor may have changed the instruction since it was translated:
+    // what lies there now is performed instead.
+    let Some(bytes) = v.bytes_of(i)? else { return Ok(Flow::Jump) };
     let bytes = &bytes[..i.len()];
     let has_mem = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     if !has_mem {

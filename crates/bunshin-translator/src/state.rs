@@ -49,6 +49,41 @@ impl Vcpu {
         self.settle();
     }
 
+    /// Take INIT and a start-up IPI; false while there is nothing but to wait for
+    /// one. SDM volume 3, 9.1 and 9.4.
+    pub fn start_up(&mut self) -> bool {
+        if self.chips.take_init(self.index) {
+            self.init();
+        }
+        if let Some(vector) = self.chips.take_sipi(self.index) {
+            let c = self.cpu_mut();
+            let base = u64::from(vector) << 12;
+            c.seg[1].selector = u16::from(vector) << 8;
+            (c.seg[1].base, c.seg_base[1]) = (base, base);
+            c.rip = 0;
+            c.halted = 0;
+            self.select_region();
+        }
+        !self.chips.starting(self.index)
+    }
+
+    /// INIT: as RESET#, but caches, the FPU, XCR0, most model-specific registers and
+    /// the time-stamp counter stay as they are (SDM volume 3, table 9-1).
+    fn init(&mut self) {
+        let c = self.cpu();
+        let (caching, xcr0, xsave) = (c.cr0 & 0x6000_0000, c.xcr0, c.xsave.0);
+        let kept = (c.star, c.lstar, c.cstar, c.sfmask, c.sysenter, c.kernel_gs_base);
+        let msrs = self.msrs.clone();
+        self.reset();
+        let c = self.cpu_mut();
+        c.cr0 = 0x10 | caching;
+        (c.xcr0, c.xsave.0) = (xcr0, xsave);
+        (c.star, c.lstar, c.cstar, c.sfmask, c.sysenter, c.kernel_gs_base) = kept;
+        self.msrs = msrs;
+        self.answers.clear();
+        self.deferred = None;
+    }
+
     /// Everything derived from control registers.
     fn settle(&mut self) {
         // A state whose entries are bad maps nothing.
@@ -104,6 +139,7 @@ impl Vcpu {
             halted: c.halted != 0,
             interrupt_shadow: c.shadow != 0,
             nmi_blocked: c.nmi_blocked != 0,
+            waits_for_sipi: self.chips.waits_for_sipi(self.index),
         }
     }
 
@@ -187,6 +223,7 @@ impl Vcpu {
             }
         }
         self.chips.set_cr8(self.index, s.cr8 & 15);
+        self.chips.set_waits_for_sipi(self.index, s.waits_for_sipi);
         if s.tsc != 0 {
             let offset = s.tsc.wrapping_sub(bunshin_core::clock::rdtsc());
             self.set_tsc_offset(offset);

@@ -1,6 +1,6 @@
 //! One virtual processor: its parts, and the loop between translated code and
 //! everything that is not translated code.
-use crate::block::{Blocks, Key, NumberMap, Written};
+use crate::block::{Blocks, Key, NumberMap};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
@@ -9,6 +9,7 @@ use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
 use crate::revive::Grave;
+use crate::shared::{Crew, Shared};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
@@ -18,9 +19,8 @@ use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::Duration;
+use std::sync::atomic::{fence, AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 /// Bits that translations depend on besides their bytes and address.
 pub mod mode {
@@ -75,6 +75,7 @@ pub struct HelperEntry {
     pub insn: Instruction,
     pub helper: Helper,
     pub family: Family,
+    pub serialises: bool,
 }
 
 impl HelperEntry {
@@ -84,54 +85,7 @@ impl HelperEntry {
 
     /// Something else to do for it.
     pub fn by(insn: Instruction, helper: Helper) -> Self {
-        Self { helper, family: Family::of(&insn), insn }
-    }
-}
-
-/// What other threads may touch.
-pub struct Shared {
-    /// `Cpu::pending`, inside the processor page.
-    pending: *const AtomicU32,
-    /// The owner asked `run` to return.
-    pub kicked: AtomicBool,
-    /// Guest memory was changed from outside: (gpa, length).
-    pub changed: Mutex<Vec<(u64, u64)>>,
-    pub thread: AtomicU32,
-    halt: Mutex<bool>,
-    wake: Condvar,
-    alive: AtomicBool,
-}
-
-// SAFETY: `pending` points to an atomic; it is used only while `alive`.
-unsafe impl Send for Shared {}
-// SAFETY: as above.
-unsafe impl Sync for Shared {}
-
-impl Shared {
-    /// Make the processor look at its events soon.
-    pub fn poke(&self) {
-        if !self.alive.load(Ordering::Acquire) {
-            return;
-        }
-        // SAFETY: alive, so the processor page is mapped.
-        let before = unsafe { &*self.pending }.swap(1, Ordering::AcqRel);
-        *self.halt.lock().unwrap() = true;
-        self.wake.notify_one();
-        let thread = self.thread.load(Ordering::Acquire);
-        if before == 0 && thread != 0 && thread != signals::thread_id() {
-            signals::kick(thread);
-        }
-    }
-
-    pub fn forget(&self) {
-        self.alive.store(false, Ordering::Release);
-    }
-}
-
-impl bunshin_core::Kicker for Shared {
-    fn kick(&self) {
-        self.kicked.store(true, Ordering::Release);
-        self.poke();
+        Self { helper, family: Family::of(&insn), serialises: interp::serialises(&insn), insn }
     }
 }
 
@@ -173,6 +127,16 @@ pub struct Vcpu {
     pub factory: Option<InstructionInfoFactory>,
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
+    /// All processors of the machine.
+    pub crew: Arc<Crew>,
+    /// Came in through the gate.
+    pub inside: bool,
+    /// In an exclusive section.
+    pub exclusive: bool,
+    /// Translated code runs, if only to have called a helper.
+    pub in_code: bool,
+    /// An exception whose frame could not be written from within translated code.
+    pub deferred: Option<Exception>,
     pub counters: Counters,
     pub times: Times,
     pub msrs: crate::msr::Msrs,
@@ -184,6 +148,8 @@ pub struct Vcpu {
     pub answer_next: usize,
     /// Device writes of completed instructions.
     pub outbox: VecDeque<Exit>,
+    /// The instruction that an exit interrupted.
+    pub waiting: Option<Instruction>,
     /// The owner owes an answer to this exit.
     pub owed: Option<Owed>,
     /// Where the last exit left translated code.
@@ -198,8 +164,10 @@ pub struct Vcpu {
     pub effort: Effort,
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
-    /// CLOCK_MONOTONIC at which the guest's system time is zero.
-    pub boot_ns: u64,
+    /// When the guest's system time is zero.
+    pub start: crate::shared::Moment,
+    /// Version of the structure that kvmclock tells it by.
+    pub clock_version: u32,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     /// Translate as if every arithmetic flag were read.
     pub exact_flags: bool,
@@ -249,7 +217,7 @@ impl Vcpu {
         phys: Phys,
         chips: Arc<Chips>,
         cpuid: Arc<crate::cpuid::Table>,
-        shared: &mut Option<Arc<Shared>>,
+        crew: Arc<Crew>,
     ) -> Result<Box<Self>> {
         signals::install();
         // Built at first use, with functions that helpers may not call.
@@ -264,16 +232,9 @@ impl Vcpu {
         let cpu = regions.cpu;
         // SAFETY: the page is mapped and nobody else uses it yet.
         let pending = unsafe { &raw const (*cpu).pending };
-        let made = Arc::new(Shared {
-            pending,
-            kicked: AtomicBool::new(false),
-            changed: Mutex::new(Vec::new()),
-            thread: AtomicU32::new(0),
-            halt: Mutex::new(false),
-            wake: Condvar::new(),
-            alive: AtomicBool::new(true),
-        });
-        *shared = Some(made.clone());
+        let shared = Arc::new(Shared::new(pending, !crew.single()));
+        crew.join(index, shared.clone());
+        let crew_start = crew.start;
         let mut v = Box::new(Self {
             index,
             cpu,
@@ -294,7 +255,12 @@ impl Vcpu {
             window: Vec::new(),
             factory: None,
             chips,
-            shared: made,
+            shared,
+            crew,
+            inside: false,
+            exclusive: false,
+            in_code: false,
+            deferred: None,
             counters: Counters::default(),
             times: Times::default(),
             msrs: crate::msr::Msrs::default(),
@@ -303,6 +269,7 @@ impl Vcpu {
             answers: Vec::new(),
             answer_next: 0,
             outbox: VecDeque::new(),
+            waiting: None,
             owed: None,
             left: None,
             look: true,
@@ -311,7 +278,8 @@ impl Vcpu {
             again: false,
             effort: Effort::Sampled,
             saved: u64::MAX,
-            boot_ns: clock::now_ns(),
+            start: crew_start,
+            clock_version: 0,
             doorbells: Arc::default(),
             exact_flags: false,
             gate: Arc::new(AtomicBool::new(true)),
@@ -429,7 +397,9 @@ impl Vcpu {
     /// Run until the owner is needed.
     pub fn run(&mut self, reply: Reply) -> Exit {
         self.attach();
-        let e = self.run_loop(reply);
+        let turn = Turn::new(self);
+        let e = turn.0.run_loop(reply);
+        drop(turn);
         signals::leave();
         if let Exit::PioIn { size, count, .. } = e {
             self.owed = Some(Owed::Answer { size, count });
@@ -447,6 +417,7 @@ impl Vcpu {
         e
     }
 
+    // In all the time: see `Turn`.
     fn run_loop(&mut self, reply: Reply) -> Exit {
         if let Some(e) = &self.fatal {
             return e.clone();
@@ -567,9 +538,11 @@ impl Vcpu {
             self.flush_code();
             site = NO_SITE;
         }
+        let flushes = self.counters.cache_flushes;
         match self.translate(rip, &mut version) {
             Ok(id) => {
-                if site != NO_SITE {
+                // The sites may have been dropped by order of another processor.
+                if site != NO_SITE && self.counters.cache_flushes == flushes {
                     self.link_to(site, id);
                 }
                 Some(id)
@@ -706,6 +679,10 @@ impl Vcpu {
         } else if shadow != 0 && self.cpu().shadow == interp::debug::AFTER_SS {
             self.cpu_mut().shadow = 0;
         }
+        if !self.crew.single() {
+            // It may be one that serialises.
+            fence(Ordering::SeqCst);
+        }
         self.finish(insn, r, out, before)
     }
 
@@ -745,6 +722,7 @@ impl Vcpu {
             }
             Err(Trap::Exit(e)) => {
                 self.outbox.truncate(out);
+                self.waiting = Some(*insn);
                 Err(e)
             }
             Err(Trap::Device) => {
@@ -764,6 +742,10 @@ impl Vcpu {
                 return None;
             }
         };
+        if self.waiting.take().is_some_and(|w| w != insn) {
+            // Another processor has changed it: the answers are not for this one.
+            self.answers.clear();
+        }
         let helper = Helper { run: crate::slow::any, outside: true };
         match self.perform(&insn, helper) {
             Ok(_) => self.outbox.pop_front(),
@@ -777,7 +759,7 @@ impl Vcpu {
         if self.owed.is_some() {
             self.left = None;
             self.answer(reply);
-            if let Some(e) = self.step() {
+            if let Some(e) = self.visit(Self::step) {
                 self.outbox.push_front(e);
             }
         }
@@ -842,6 +824,7 @@ impl Vcpu {
         c.pending.load(Ordering::Relaxed) != 0
             || c.halted != 0
             || c.irq_waiting != 0 && c.iflag != 0
+            || self.deferred.is_some()
             || self.fatal.is_some()
     }
 
@@ -851,14 +834,19 @@ impl Vcpu {
             if let Some(e) = &self.fatal {
                 return Some(e.clone());
             }
-            *self.shared.halt.lock().unwrap() = false;
+            self.shared.listen();
             if self.cpu().pending.swap(0, Ordering::AcqRel) != 0 {
                 self.counters.events += 1;
                 self.regions.all[self.user_region].settle_slots();
             }
+            self.give_way();
             if self.cpu().sampled as usize == SAMPLES {
                 self.cpu_mut().sampled = 0;
                 self.heat();
+            }
+            if let Some(e) = self.deferred.take() {
+                self.deliver(e);
+                continue;
             }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
@@ -867,9 +855,9 @@ impl Vcpu {
             if std::mem::replace(&mut self.lines, lines) != lines {
                 self.flush_tlb_all();
             }
-            let changed = std::mem::take(&mut *self.shared.changed.lock().unwrap());
-            for (gpa, length) in changed {
-                self.memory_changed(gpa, length);
+            if self.chips.starting(self.index) && !self.start_up() {
+                self.sleep(None);
+                continue;
             }
             // The deadline first: one that has passed is told as the time of asking.
             let deadline = self.chips.next_deadline_ns(self.index);
@@ -901,9 +889,7 @@ impl Vcpu {
                 return None;
             }
             self.counters.halts += 1;
-            let started = clock::rdtsc();
             self.wait();
-            self.times.halted += clock::rdtsc() - started;
         }
     }
 
@@ -919,19 +905,10 @@ impl Vcpu {
     /// Sleep in HLT until poked or the next deadline.
     fn wait(&mut self) {
         let deadline = self.chips.next_deadline_ns(self.index);
-        let woken = self.shared.halt.lock().unwrap();
-        if *woken || self.cpu().pending.load(Ordering::Acquire) != 0 {
+        if self.cpu().pending.load(Ordering::Acquire) != 0 {
             return;
         }
-        match deadline {
-            Some(d) => {
-                let now = clock::now_ns();
-                if d > now {
-                    drop(self.shared.wake.wait_timeout(woken, Duration::from_nanos(d - now)));
-                }
-            }
-            None => drop(self.shared.wake.wait(woken)),
-        }
+        self.sleep(deadline);
     }
 
     /// Bind to the calling thread: signals and timers go there.
@@ -952,15 +929,21 @@ impl Vcpu {
             signals::register(from, to);
         }
     }
+}
 
-    fn memory_changed(&mut self, gpa: u64, length: u64) {
-        let mut at = gpa;
-        let end = gpa.saturating_add(length);
-        while at < end {
-            let n = (4096 - (at & 0xfff)).min(end - at);
-            self.code_changed(at, n, Written::Already);
-            at += n;
-        }
+/// A processor that came in; whatever happens, it goes out.
+struct Turn<'a>(&'a mut Vcpu);
+
+impl<'a> Turn<'a> {
+    fn new(v: &'a mut Vcpu) -> Self {
+        v.come_in();
+        Self(v)
+    }
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.go_out();
     }
 }
 
@@ -1064,6 +1047,7 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
     let h = &v.helpers[id as usize];
     let (helper, insn): (Helper, *const Instruction) = (h.helper, &raw const h.insn);
     let family = h.family as usize;
+    let serialises = h.serialises && !v.crew.single();
     // SAFETY: helpers are only cleared by the loop, outside translated code.
     let insn = unsafe { &*insn };
     v.counters.helpers += 1;
@@ -1075,7 +1059,11 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
         c.arg = id;
         return 1;
     }
-    match (helper.run)(v, insn) {
+    let done = (helper.run)(v, insn);
+    if serialises {
+        fence(Ordering::SeqCst);
+    }
+    match done {
         Ok(Flow::Next) if v.met == 0 => {
             v.cpu_mut().rip = insn.next_ip();
             0
@@ -1107,7 +1095,7 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
 
 fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
-    let failed = v.fatal.is_some();
+    let failed = v.fatal.is_some() || v.deferred.is_some();
     let c = v.cpu_mut();
     let pending = c.pending.load(Ordering::Relaxed) != 0;
     if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & (TF | RF) != 0 || c.shadow != 0 || pending || failed {

@@ -234,7 +234,12 @@ pub fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
     };
     v.check(va.wrapping_add(size as u64 - 1), 1, kind, who)?;
     v.check(va, size, kind, who)?;
+    // Another processor may change the header: the one that was checked counts.
+    let header: [u8; 64] = buffer[512..576].try_into().unwrap();
     v.read_as(va, &mut buffer[..size], who)?;
+    if is_xrstor(m) {
+        buffer[512..576].copy_from_slice(&header);
+    }
     v.cpu_mut().bounce.0[..size].copy_from_slice(&buffer[..size]);
     v.cpu_mut().gpr[0] = rfbm & 0xffff_ffff;
     v.cpu_mut().gpr[2] = rfbm >> 32;

@@ -4,7 +4,7 @@ Names are packed by 256 tokens, the commonest pieces of names; a piece that is o
 character is its own token. The tables lie together in read-only data, and nothing
 says where, so they are recognised by their shape:
 
-    kallsyms_num_syms      u32, like all tables on a multiple of 8
+    kallsyms_num_syms      u32, like all tables on a multiple of the word, 8 bytes
     kallsyms_names         a length (1 byte, or 2 with the top bit of the first set),
                            then so many tokens, for every symbol; the first character
                            of a name is its type, as in /proc/kallsyms
@@ -17,7 +17,8 @@ says where, so they are recognised by their shape:
 
 Spec: Linux scripts/kallsyms.c. A negative offset is -1 - (address - relative_base);
 the others are per-processor addresses, or distances from relative_base where there is
-no negative one. Not modelled: 32-bit kernels, kernels without a relative base.
+no negative one. In 32-bit kernels all is aligned to 4 and the base has 4 bytes. Not
+modelled: kernels without a relative base.
 
 The kernel is untrusted: every step is checked, and nonsense means that none is found.
 """
@@ -25,7 +26,6 @@ The kernel is untrusted: every step is checked, and nonsense means that none is 
 from __future__ import annotations
 
 from array import array
-from struct import unpack_from
 
 Found = list[tuple[int, str, str]]
 _DIGITS = b"".join(b"%d\0" % digit for digit in range(10))
@@ -34,8 +34,8 @@ FEWEST, MOST = 256, 1 << 20
 LONGEST = 512
 """Characters of a name, and so tokens, at most."""
 TYPES = frozenset("ABDGRSTVWabdgrstvw")
-KERNEL = 0xFFFF_8000_0000_0000
-"""Kernel addresses lie above."""
+KERNEL = {8: 0xFFFF_8000_0000_0000, 4: 0x1000_0000}
+"""Kernel addresses lie above, by the size of a word."""
 
 
 def find(data: memoryview) -> Found:
@@ -49,9 +49,10 @@ def find(data: memoryview) -> Found:
         tokens = _tokens(raw, at)
         if tokens is not None:
             start, index, words = tokens
-            found = _table(raw, start, index, words)
-            if found:
-                return found
+            for word in (8, 4) if index % 8 == 0 else (4,):
+                found = _table(raw, start, index, words, word)
+                if found:
+                    return found
         at = raw.find(_DIGITS, at + 1)
     return []
 
@@ -77,24 +78,29 @@ def _tokens(raw: bytes, digits: int) -> tuple[int, int, list[str]] | None:
             at = end + 1
         if len(words) < 256:
             continue
-        index = at + 7 & ~7
-        if raw[index : index + 512] == array("H", offsets).tobytes():
-            return begin, index, words
+        for index in {_up(at, 4), _up(at, 8)}:
+            if raw[index : index + 512] == array("H", offsets).tobytes():
+                return begin, index, words
     return None
 
 
-def _table(raw: bytes, tokens: int, index: int, words: list[str]) -> Found:
-    quads = memoryview(raw)[: tokens & ~7].cast("Q")
-    for number in range(len(quads) - 1, -1, -1):
-        count = quads[number]
+def _table(raw: bytes, tokens: int, index: int, words: list[str], word: int) -> Found:
+    counts = memoryview(raw)[: tokens & ~7].cast("Q" if word == 8 else "I")
+    for number in range(len(counts) - 1, -1, -1):
+        count = counts[number]
         if FEWEST <= count <= MOST:
-            names = _names(raw, 8 * number + 8, tokens, count, words)
+            names = _names(raw, word * (number + 1), tokens, count, words, word)
             if names:
-                return _addresses(raw, 8 * number, index + 512, names)
+                return _addresses(raw, word * number, index + 512, names, word)
     return []
 
 
-def _names(raw: bytes, start: int, end: int, count: int, words: list[str]) -> list[str] | None:
+def _up(at: int, word: int) -> int:
+    """The next multiple of `word`."""
+    return at + word - 1 & -word
+
+
+def _names(raw: bytes, start: int, end: int, count: int, words: list[str], word: int) -> list[str] | None:
     """The `count` names at `start`, if the markers behind them agree."""
     at = start
     names = []
@@ -116,21 +122,21 @@ def _names(raw: bytes, start: int, end: int, count: int, words: list[str]) -> li
             return None
         names.append(name)
         at += length
-    at = at + 7 & ~7
+    at = _up(at, word)
     return names if raw[at : at + 4 * len(markers)] == markers.tobytes() else None
 
 
-def _addresses(raw: bytes, num_syms: int, behind: int, names: list[str]) -> Found:
+def _addresses(raw: bytes, num_syms: int, behind: int, names: list[str], word: int) -> Found:
     size = 4 * len(names)
-    old = num_syms - 8
-    new = behind + size + 7 & ~7
-    for base_at, offsets_at in ((old, old - (size + 7 & ~7)), (new, behind)):
-        if offsets_at < 0 or base_at + 8 > len(raw):
+    old = num_syms - word
+    for base_at, offsets_at in ((old, old - _up(size, word)), (_up(behind + size, word), behind)):
+        if offsets_at < 0 or base_at + word > len(raw):
             continue
-        (base,) = unpack_from("<Q", raw, base_at)
-        offsets = array("i", raw[offsets_at : offsets_at + size])
-        if base < KERNEL or base & 0xFFF:
+        base = int.from_bytes(raw[base_at : base_at + word], "little")
+        if base < KERNEL[word] or base & 0xFFF:
             continue
+        # 32-bit kernels have no per-processor addresses among them.
+        offsets = array("i" if word == 8 else "I", raw[offsets_at : offsets_at + size])
         split = min(offsets) < 0
         found = []
         for name, offset in zip(names, offsets, strict=True):

@@ -54,6 +54,8 @@ def from_kernel(path: str) -> Symbols:
     if found:
         return found
     kernel = parse(data, path)
+    if not isinstance(kernel, Vmlinux) and kernel.packing == "lzo":
+        return []  # only the guest itself can unpack that
     vmlinux = kernel if isinstance(kernel, Vmlinux) else kernel.vmlinux()
     for segment in vmlinux.segments:
         names = kallsyms.find(segment.data)

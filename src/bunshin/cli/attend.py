@@ -67,11 +67,12 @@ class Waker:
 
     def clear(self) -> None:
         """The loop goes round now; what rings from here on counts for the next one."""
-        self._rung = False
         try:
             os.read(self.reader, 64)
         except BlockingIOError:
             pass
+        # After the read: a ring in between would be read away and still count.
+        self._rung = False
 
     def close(self) -> None:
         """Give the pipe back."""

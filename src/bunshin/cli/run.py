@@ -45,7 +45,13 @@ VERB = Verb(
             "SIZE",
             "Guest memory, such as 512M or 2G; a plain number is MiB. Default 512M.",
         ),
-        Option(("--cpus",), "N", "Virtual processors. Default 1.", count, hidden=("-smp",)),
+        Option(
+            ("--cpus",),
+            "N",
+            "Virtual processors, at most 64; each is a thread of the host. Default 1.",
+            count,
+            hidden=("-smp",),
+        ),
         Option(
             ("--engine",),
             "NAME",

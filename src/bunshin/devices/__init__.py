@@ -31,7 +31,8 @@ class Device:
         gsi: the interrupt controller's input that `irq` is wired to, or None.
         width: widest access in bytes; wider ones arrive as single bytes.
         irq: its interrupt line.
-        lock: held by the bus around every access; take it on other threads.
+        lock: held by the bus around every access, so that of several processors one is
+            in the device at a time; take it on other threads.
         state: what the guest can see, a dataclass, or None.
         VERSION: version of `state`; raise it when the fields change.
     """

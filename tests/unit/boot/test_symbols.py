@@ -23,12 +23,12 @@ def packed(name: str) -> bytes:
     return (bytes([length]) if length < 128 else bytes([length & 127 | 128, length >> 7])) + data
 
 
-def aligned(data: bytes) -> bytes:
-    return data + bytes(-len(data) % 8)
-
-
-def tables(order: str, names: list[str] = NAMES) -> bytes:
+def tables(order: str, names: list[str] = NAMES, word: int = 8) -> bytes:
     """The tables as kernels before 6.4 (`old`) and from then on (`new`) lay them out."""
+
+    def aligned(data: bytes) -> bytes:
+        return data + bytes(-len(data) % word)
+
     stream, markers = b"", array("I")
     for number, name in enumerate(names):
         if number % 256 == 0:
@@ -38,9 +38,12 @@ def tables(order: str, names: list[str] = NAMES) -> bytes:
     for token in TOKENS:
         index.append(len(table))
         table += token.encode() + b"\0"
-    offsets = array("i", (-1 - 16 * n for n in range(len(names))))
-    offsets[-1] = 0x1234
-    where = aligned(offsets.tobytes()) + pack("<Q", BASE)
+    if word == 8:
+        offsets = array("i", (-1 - 16 * n for n in range(len(names))))
+        offsets[-1] = 0x1234
+        where = aligned(offsets.tobytes()) + pack("<Q", BASE)
+    else:
+        where = array("I", (16 * n for n in range(len(names)))).tobytes() + pack("<I", 0xC100_0000)
     head = aligned(pack("<I", len(names))) + aligned(stream) + aligned(markers.tobytes())
     head += aligned(bytes(3 * len(names)))
     head += aligned(table) + aligned(index.tobytes())
@@ -57,6 +60,15 @@ def test_kallsyms_are_found_and_unpacked(order: str, before: int) -> None:
     assert found[0][0] == BASE
     assert found[7][0] == BASE + 7 * 16
     assert found[-1] == (0x1234, "A", "percpu")
+
+
+@pytest.mark.parametrize("order", ["old", "new"])
+@pytest.mark.parametrize("before", [0, 4, 12])
+def test_kallsyms_of_32_bit_kernels(order: str, before: int) -> None:
+    found = kallsyms.find(memoryview(bytes(before) + tables(order, word=4)))
+    assert [kind + name for _, kind, name in found] == NAMES
+    assert found[0][0] == 0xC100_0000
+    assert found[7][0] == 0xC100_0070
 
 
 def test_offsets_without_negative_ones_are_distances() -> None:

@@ -127,7 +127,8 @@ struct Inner {
     /// Level of the PIC's INTR.
     intr: bool,
     tsc_hz: u64,
-    tsc_offset: i64,
+    /// Guest TSC less host TSC, for each processor.
+    tsc_offsets: Vec<i64>,
     told: Vec<Told>,
     /// Processors whose interrupts may have changed under this lock.
     touched: Cpus,
@@ -138,12 +139,14 @@ struct Inner {
 }
 
 impl Inner {
-    fn now(&self) -> Now {
-        Now { ns: clock::now_ns(), tsc: self.tsc() }
+    /// Now, as `cpu` sees it.
+    fn now(&self, cpu: u32) -> Now {
+        Now { ns: clock::now_ns(), tsc: self.tsc(cpu) }
     }
 
-    fn tsc(&self) -> u64 {
-        clock::rdtsc().wrapping_add_signed(self.tsc_offset)
+    fn tsc(&self, cpu: u32) -> u64 {
+        let offset = self.tsc_offsets.get(cpu as usize).copied().unwrap_or(0);
+        clock::rdtsc().wrapping_add_signed(offset)
     }
 
     fn lapic(&mut self, cpu: u32) -> Option<&mut Lapic> {
@@ -155,7 +158,7 @@ impl Inner {
     fn now_for(&mut self, cpu: u32, offset: u32) -> Now {
         if lapic::timed(offset) {
             self.time(cpu);
-            self.now()
+            self.now(cpu)
         } else {
             Now { ns: 0, tsc: 0 }
         }
@@ -202,8 +205,8 @@ impl Inner {
         if timed.0 == [0; 4] {
             return kicks;
         }
-        let now = self.now();
         while let Some(cpu) = timed.pop() {
+            let now = self.now(cpu as u32);
             let deadline_ns = self.deadline_ns(cpu, now).unwrap_or(u64::MAX);
             let was = std::mem::replace(&mut self.told[cpu].deadline_ns, deadline_ns);
             if deadline_ns < was {
@@ -388,7 +391,7 @@ impl Chips {
             pit: Pit::new(),
             intr: false,
             tsc_hz,
-            tsc_offset: 0,
+            tsc_offsets: vec![0; cpus as usize],
             told: vec![TOLD_NOTHING; cpus as usize],
             touched: Cpus::default(),
             timed: Cpus::default(),
@@ -413,21 +416,28 @@ impl Chips {
         result
     }
 
-    /// Guest TSC = host RDTSC + `offset`, for all processors.
-    pub fn set_tsc_offset(&self, offset: i64) {
+    /// Guest TSC of `cpu` = host RDTSC + `offset`.
+    pub fn set_tsc_offset(&self, cpu: u32, offset: i64) {
         self.change(|inner| {
-            inner.tsc_offset = offset;
-            (0..inner.lapics.len()).for_each(|cpu| inner.time(cpu as u32));
+            if let Some(own) = inner.tsc_offsets.get_mut(cpu as usize) {
+                *own = offset;
+                inner.time(cpu);
+            }
         });
     }
 
-    /// Let everything that counts on the host's clock be due `ns` later.
-    pub fn delay(&self, ns: i64) {
+    /// Let everything of `cpu` that counts on the host's clock be due `ns` later:
+    /// its local APIC's timer, and the PIT for processor 0.
+    pub fn delay(&self, cpu: u32, ns: i64) {
         self.change(|inner| {
             let to = |time: u64| time.saturating_add_signed(ns);
-            inner.lapics.iter_mut().for_each(|lapic| lapic.rebase(to));
-            inner.pit.rebase(to);
-            (0..inner.lapics.len()).for_each(|cpu| inner.time(cpu as u32));
+            if let Some(lapic) = inner.lapic(cpu) {
+                lapic.rebase(to);
+                inner.time(cpu);
+            }
+            if cpu == 0 {
+                inner.pit.rebase(to);
+            }
         });
     }
 
@@ -653,6 +663,21 @@ impl Chips {
         self.lock().lapic(cpu).is_some_and(|lapic| std::mem::take(&mut lapic.nmi))
     }
 
+    /// Whether `cpu` has an INIT to take or waits for a start-up IPI.
+    pub fn starting(&self, cpu: u32) -> bool {
+        self.lock().lapic(cpu).is_some_and(|lapic| lapic.init || lapic.wait_sipi)
+    }
+
+    /// Let `cpu` wait for a start-up IPI, or not: part of a saved state.
+    pub fn set_waits_for_sipi(&self, cpu: u32, waits: bool) {
+        self.change(|inner| {
+            if let Some(lapic) = inner.lapic(cpu) {
+                lapic.wait_sipi = waits;
+                inner.touch(cpu);
+            }
+        });
+    }
+
     /// Take a pending INIT: the local APIC is reset, the caller resets the rest.
     /// All but the bootstrap processor then wait for [`Chips::take_sipi`].
     pub fn take_init(&self, cpu: u32) -> bool {
@@ -687,7 +712,7 @@ impl Chips {
         if cpu as usize >= inner.lapics.len() {
             return None;
         }
-        let deadline = inner.deadline_ns(cpu as usize, inner.now());
+        let deadline = inner.deadline_ns(cpu as usize, inner.now(cpu));
         inner.told[cpu as usize].deadline_ns = deadline.unwrap_or(u64::MAX);
         deadline
     }
@@ -695,13 +720,13 @@ impl Chips {
     /// Fire what is due by `now_ns` (CLOCK_MONOTONIC). Periods that were missed
     /// are merged into one interrupt and the phase is kept.
     pub fn tick(&self, cpu: u32, now_ns: u64) {
-        self.change(|inner| inner.tick(cpu, Now { ns: now_ns, tsc: inner.tsc() }));
+        self.change(|inner| inner.tick(cpu, Now { ns: now_ns, tsc: inner.tsc(cpu) }));
     }
 
     /// The local APIC's registers as in the manual, 1 KiB, as KVM gives them.
     pub fn lapic_page(&self, cpu: u32) -> Vec<u8> {
         let mut inner = self.lock();
-        let now = inner.now();
+        let now = inner.now(cpu);
         inner.lapic(cpu).map_or_else(|| vec![0; lapic::PAGE_LENGTH], |lapic| lapic.page(now))
     }
 
@@ -709,7 +734,7 @@ impl Chips {
     /// says what is malformed; nothing has changed then.
     pub fn set_lapic_page(&self, cpu: u32, page: &[u8]) -> Result<(), String> {
         self.change(|inner| {
-            let now = inner.now();
+            let now = inner.now(cpu);
             inner.lapic(cpu).ok_or_else(|| no_cpu(cpu))?.load_page(page, now)?;
             inner.time(cpu);
             Ok(())
@@ -729,7 +754,7 @@ impl Chips {
     }
 
     /// Replace the whole chipset: levels come back without edges, timers go on
-    /// where they were. The TSC offset stays. The message says what is
+    /// where they were. The TSC offsets stay. The message says what is
     /// malformed; nothing has changed then.
     pub fn set_state(&self, state: &ChipsState) -> Result<(), String> {
         let mut state = state.clone();

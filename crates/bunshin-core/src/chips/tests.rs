@@ -312,7 +312,7 @@ fn deadlines_and_kicks() {
 #[test]
 fn tsc_deadline_uses_the_offset() {
     let m = Machine::new(1);
-    m.chips.set_tsc_offset(-(clock::rdtsc() as i64));
+    m.chips.set_tsc_offset(0, -(clock::rdtsc() as i64));
     m.write(0, LVT_TIMER, 0x40040);
     assert_eq!(m.chips.msr_write(0, 0x6E0, 1 << 50), Some(Ok(())));
     assert_eq!(m.chips.msr_read(0, 0x6E0), Some(Ok(1 << 50)));
@@ -333,7 +333,7 @@ fn what_counts_on_the_host_clock_can_be_delayed() {
         m.out(port, value);
     }
     let pit = m.chips.next_deadline_ns(0).unwrap();
-    m.chips.delay(5_000_000_000);
+    m.chips.delay(0, 5_000_000_000);
     assert_eq!(m.chips.next_deadline_ns(0), Some(pit + 5_000_000_000));
     m.chips.tick(0, pit);
     assert_eq!(m.chips.ack(0), None);
@@ -342,7 +342,7 @@ fn what_counts_on_the_host_clock_can_be_delayed() {
     m.write(0, LAPIC + 0x3E0, 0xB);
     m.write(0, LAPIC + 0x380, 1_000_000);
     let lapic = m.chips.next_deadline_ns(0).unwrap();
-    m.chips.delay(-1000);
+    m.chips.delay(0, -1000);
     assert_eq!(m.chips.next_deadline_ns(0), Some(lapic - 1000));
 }
 

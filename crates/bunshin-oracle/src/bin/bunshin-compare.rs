@@ -23,6 +23,12 @@ usage: bunshin-compare [options]
   --hot             translate as frequent code is translated
   --rewriting       code that changes itself
   --exact-flags     compare the arithmetic flags at faults too
+  --system          privileged code, judged by QEMU; with --seed, --case,
+                    --cases, --instructions, --seconds, --stop-after,
+                    --no-minimise, --show and FILE (cases/system/*.txt)
+  --limits, --gates, --debug, --invpcid
+                    with --system: also segment limits, call gates, debug
+                    registers, INVPCID (not in QEMU 7.2)
   --segments        compare cases that load segment registers too
   --self-check      the host against itself: shows that the harness is sound
   --stop-after N    stop at this many differences (default 10)
@@ -49,6 +55,8 @@ struct Arguments {
     show: bool,
     list: bool,
     coverage: bool,
+    system: bool,
+    system_choice: bunshin_oracle::system::generate::Choice,
     files: Vec<String>,
 }
 
@@ -68,6 +76,8 @@ fn arguments() -> Result<Arguments, String> {
         show: false,
         list: false,
         coverage: false,
+        system: false,
+        system_choice: Default::default(),
         files: Vec::new(),
     };
     let mut words = std::env::args().skip(1);
@@ -89,6 +99,11 @@ fn arguments() -> Result<Arguments, String> {
             "--privileged" => a.choice.privileged = true,
             "--rewriting" => a.choice.rewriting = true,
             "--exact-flags" => a.options.exact_flags = true,
+            "--system" => a.system = true,
+            "--limits" => a.system_choice.limits = true,
+            "--gates" => a.system_choice.gates = true,
+            "--invpcid" => a.system_choice.invpcid = true,
+            "--debug" => a.system_choice.debug = true,
             "--segments" => a.options.segments = true,
             "--self-check" => a.self_check = true,
             "--hot" => a.hot = true,
@@ -180,7 +195,74 @@ fn main() -> ExitCode {
     }
 }
 
+#[cfg(not(feature = "translator"))]
+fn system(_: &Arguments) -> Result<u64, String> {
+    Err("built without the translator, there is nothing to judge".into())
+}
+
+/// Privileged code on QEMU and in the translator.
+#[cfg(feature = "translator")]
+fn system(a: &Arguments) -> Result<u64, String> {
+    use bunshin_oracle::system::{campaign::Campaign, compare, generate, machine, qemu::Qemu, SystemCase};
+    let first = a.only_case.unwrap_or(0);
+    if a.show {
+        for index in first..first.saturating_add(a.cases.min(1000)) {
+            let case = generate::case(a.seed, index, a.system_choice);
+            println!("{}", case.to_text(&format!("seed {} case {index}", a.seed)));
+        }
+        return Ok(0);
+    }
+    let mut right = machine::Translated::new()?;
+    let mut left = Qemu::new()?;
+    if !a.files.is_empty() {
+        let mut differences = 0;
+        for file in &a.files {
+            let text = std::fs::read_to_string(file).map_err(|e| format!("{file}: {e}"))?;
+            let case = SystemCase::from_text(&text).map_err(|e| format!("{file}: {e}"))?;
+            let single = std::slice::from_ref(&case);
+            let (x, y) = (machine::run(&mut left, single)?, machine::run(&mut right, single)?);
+            println!(
+                "{file}\n  QEMU:\n{}  translator:\n{}",
+                compare::log_text(&x[0]),
+                compare::log_text(&y[0])
+            );
+            for d in compare::differences(&case, &x[0], &y[0]) {
+                println!("  {:28}  {:18}  {}", d.name, d.left, d.right);
+                differences += 1;
+            }
+        }
+        return Ok(differences);
+    }
+    let campaign = Campaign {
+        seed: a.seed,
+        first,
+        cases: a.cases,
+        instructions: a.instructions,
+        seconds: a.seconds,
+        stop_after: a.stop_after,
+        minimise: a.minimise,
+        choice: a.system_choice,
+    };
+    let start = Instant::now();
+    let done = campaign.run(&mut left, &mut right)?;
+    let seconds = start.elapsed().as_secs_f64();
+    println!(
+        "{} privileged or mode-changing instructions in {} cases, seed {}, {} differences; {seconds:.1} s, {:.1} us a case",
+        done.instructions,
+        done.cases,
+        a.seed,
+        done.differences,
+        1e6 * seconds / done.cases.max(1) as f64,
+    );
+    let records: Vec<_> = done.records.iter().map(|(tag, n)| format!("{tag}:{n}")).collect();
+    println!("records (vector:count, 256 ends, 512 resets) {}", records.join(" "));
+    Ok(done.differences)
+}
+
 fn run(a: &Arguments) -> Result<u64, String> {
+    if a.system {
+        return system(a);
+    }
     let mut generator = Generator::new(&a.choice)?;
     if a.list {
         let (codes, mnemonics) = generator.pool().size();

@@ -47,7 +47,7 @@ impl NewStack {
             return Err(Exception::with(SS, self.error).into());
         }
         let va = self.seg.base.wrapping_add(to) & 0xffff_ffff;
-        v.write_stack(va, &value.to_le_bytes()[..self.size], self.who)?;
+        v.write_as(va, &value.to_le_bytes()[..self.size], self.who)?;
         self.sp = (self.sp & !self.mask()) | to;
         Ok(())
     }
@@ -88,6 +88,11 @@ impl Vcpu {
                         self.cpu_mut().cr2 = a;
                     }
                     e = if double { Exception::with(DF_, 0) } else { second };
+                }
+                // A stack in a page with translated code is allowed, if odd.
+                Err(Trap::Device) if self.in_code => {
+                    self.deferred = Some(first);
+                    return;
                 }
                 Err(_) => break,
             }
@@ -231,7 +236,7 @@ impl Vcpu {
             for (k, w) in words[..n].iter().enumerate() {
                 bytes[8 * k..8 * k + 8].copy_from_slice(&w.to_le_bytes());
             }
-            self.write_stack(to, &bytes[..8 * n], who)?;
+            self.write_as(to, &bytes[..8 * n], who)?;
             self.cpu_mut().gpr[4] = to;
             if new_cpl != cpl {
                 let access = 0x1_0000 | u32::from(new_cpl) << 5;
@@ -379,20 +384,6 @@ impl Vcpu {
             return Err(Exception::gp().into());
         }
         Ok(self.load(tr.base + at, 1, Who::System)? >> (vector & 7) & 1 == 0)
-    }
-
-    /// Write a frame, even to a page that holds translations.
-    pub fn write_stack(&mut self, va: u64, bytes: &[u8], who: Who) -> Result<(), Trap> {
-        match self.write_as(va, bytes, who) {
-            Err(Trap::Device) => {
-                // A stack in a page with translated code: allowed, if odd.
-                let was = std::mem::replace(&mut self.may_exit, true);
-                let r = self.write_as(va, bytes, who);
-                self.may_exit = was;
-                r
-            }
-            r => r,
-        }
     }
 
     /// A stack pointer from the 64-bit TSS.

@@ -198,7 +198,7 @@ impl Vcpu {
             for (k, w) in [next, cs.into(), sp, ss.into()].iter().enumerate() {
                 bytes[8 * k..8 * k + 8].copy_from_slice(&w.to_le_bytes());
             }
-            self.write_stack(to.wrapping_sub(32), &bytes, Who::System)?;
+            self.write_as(to.wrapping_sub(32), &bytes, Who::System)?;
             return Ok(None);
         }
         let (new_ss, new_sp) = self.tss32(dpl)?;
@@ -269,6 +269,10 @@ impl Vcpu {
             for n in [0, 3, 4, 5] {
                 let seg = self.cpu().seg[n];
                 let conforming = seg.access & 0x1c == 0x1c;
+                if seg.unusable() {
+                    // The level in a null selector goes, the base stays.
+                    self.cpu_mut().seg[n].selector = 0;
+                }
                 if !seg.unusable() && seg.dpl() < rpl && !conforming && seg.access & 0x10 != 0 {
                     // The base stays: 64-bit code still uses that of FS and GS.
                     let base = self.cpu().seg_base[n];

@@ -29,6 +29,7 @@ pub fn syscall(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let cs = (c.star >> 32) as u16 & !3;
     c.cpl = 0;
+    v.access_check_from(flags);
     v.put_segment(1, flat(cs, if long { 0xa09b } else { 0xc09b }));
     v.put_segment(2, flat(cs + 8, 0xc093));
     v.select_region();
@@ -42,10 +43,12 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     v.supervisor()?;
     let c = v.cpu_mut();
+    let old = c.rflags();
     let base = (c.star >> 48) as u16;
     let wide = i.mnemonic() == M::Sysretq;
     if wide {
-        if !canonical(c.gpr[1]) {
+        // AMD's processors fault in user mode, at the target.
+        if !canonical(c.gpr[1]) && !crate::host::amd() {
             return Err(Exception::gp().into());
         }
         c.rip = c.gpr[1];
@@ -63,6 +66,7 @@ pub fn sysret(v: &mut Vcpu, i: &Instruction) -> Done {
     if c.eflags & TF != 0 {
         v.met |= super::debug::STEP;
     }
+    v.access_check_from(old);
     v.put_segment(1, if wide { flat((base + 16) | 3, 0xa0fb) } else { flat(base | 3, 0xc0fb) });
     v.put_segment(2, flat((base + 8) | 3, 0xc0f3));
     v.select_region();

@@ -23,6 +23,7 @@ use crate::mmu::{ud, Kind, Trap, Who};
 use crate::vcpu::{mode, Vcpu};
 use bunshin_core::Exit;
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
+use std::arch::x86_64::{_mm_loadu_si128, _mm_storeu_si128};
 
 /// What comes after an instruction.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -312,6 +313,30 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
     }
 }
 
+/// No later load passes it (SDM volume 3, "Serializing Instructions"): those that
+/// are performed without leaving translated code.
+pub fn serialises(i: &Instruction) -> bool {
+    match i.mnemonic() {
+        M::Mov => special_register(i) && !i.op0_register().is_gpr(),
+        M::Iret
+        | M::Iretd
+        | M::Iretq
+        | M::Lmsw
+        | M::Clts
+        | M::Invlpg
+        | M::Invpcid
+        | M::Invd
+        | M::Wbinvd
+        | M::Wbnoinvd
+        | M::Lgdt
+        | M::Lidt
+        | M::Lldt
+        | M::Ltr
+        | M::Xsetbv => true,
+        _ => false,
+    }
+}
+
 /// True if nothing may be translated behind the instruction.
 pub fn ends_block(i: &Instruction) -> bool {
     match i.mnemonic() {
@@ -560,25 +585,29 @@ impl Vcpu {
 
     /// A store that may not go straight to RAM: read-only memory, code, a device.
     pub fn special_write(&mut self, gpa: u64, from: &[u8]) -> Result<(), Trap> {
-        if let Some(s) = self.phys.slot(gpa) {
-            if s.readonly {
-                return Ok(());
-            }
-            let h = s.host + (gpa - s.gpa);
-            if !self.may_exit {
-                // Dropping translations allocates; do it outside.
-                return Err(Trap::Device);
-            }
-            // SAFETY: guest RAM, inside one page.
-            let old = unsafe { std::slice::from_raw_parts(h as *const u8, from.len()) };
-            if old != from {
-                self.code_changed(gpa, from.len() as u64, crate::block::Written::Soon);
-            }
-            // SAFETY: guest RAM.
-            unsafe { copy_bytes(from.as_ptr(), h as *mut u8, from.len()) };
+        let Some(s) = self.phys.slot(gpa) else { return self.device_write(gpa, from) };
+        if s.readonly {
             return Ok(());
         }
-        self.device_write(gpa, from)
+        if self.in_code {
+            // Dropping translations allocates, and may have to wait; do it outside.
+            return Err(Trap::Device);
+        }
+        let h = s.host + (gpa - s.gpa);
+        let page = s.first + ((gpa - s.gpa) >> 12) as usize;
+        let others = self.phys.pages.announce_store(page, self.me()) & !self.me();
+        if others != 0 && !self.exclusive {
+            return self.exclusively(|v| v.special_write(gpa, from));
+        }
+        self.drop_others_code(page);
+        // SAFETY: guest RAM, inside one page.
+        let old = unsafe { std::slice::from_raw_parts(h as *const u8, from.len()) };
+        if old != from {
+            self.code_changed(gpa, from.len() as u64);
+        }
+        // SAFETY: guest RAM.
+        unsafe { copy_bytes(from.as_ptr(), h as *mut u8, from.len()) };
+        Ok(())
     }
 
     /// Unsigned little-endian load of 1, 2, 4 or 8 bytes.
@@ -687,6 +716,8 @@ pub unsafe fn copy_bytes(from: *const u8, to: *mut u8, n: usize) {
             2 => to.cast::<u16>().write_unaligned(from.cast::<u16>().read_unaligned()),
             4 => to.cast::<u32>().write_unaligned(from.cast::<u32>().read_unaligned()),
             8 => to.cast::<u64>().write_unaligned(from.cast::<u64>().read_unaligned()),
+            // In one piece, as processors with AVX do where it is aligned.
+            16 => _mm_storeu_si128(to.cast(), _mm_loadu_si128(from.cast())),
             _ => {
                 core::arch::asm!("rep movsb", inout("rcx") n => _, inout("rsi") from => _, inout("rdi") to => _,
                 options(nostack, preserves_flags))

@@ -78,7 +78,8 @@ impl Vcpu {
     /// Set the accessed bit of an ordinary descriptor.
     pub fn mark_accessed(&mut self, d: Descriptor, va: u64) -> Result<(), Trap> {
         if d.0 & (1 << 40) == 0 {
-            self.store(va, 8, d.0 | 1 << 40, Who::System)?;
+            // The byte that the bit is in: others may change the rest.
+            self.store(va.wrapping_add(5), 1, d.0 >> 40 & 0xff | 1, Who::System)?;
         }
         Ok(())
     }
@@ -269,7 +270,14 @@ pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let mut s = d.seg(sel);
     if v.cpu().long_mode() {
-        s.base |= v.load(va + 8, 4, Who::System)? << 32;
+        if u64::from(sel | 7) + 8 > u64::from(v.cpu().gdt_limit) {
+            return Err(fault(GP, sel));
+        }
+        let upper = v.load(va + 8, 8, Who::System)?;
+        if upper >> 40 & 0x1f != 0 {
+            return Err(fault(GP, sel));
+        }
+        s.base |= upper << 32;
         if !crate::mmu::canonical(s.base) {
             return Err(fault(GP, sel));
         }

@@ -259,6 +259,9 @@ impl Vcpu {
         // RF matters to breakpoints on code only, and makes the next instruction slow.
         if iret && self.armed.code {
             mask |= RF;
+            if cpl == 0 {
+                mask |= VIF | VIP;
+            }
         }
         if cpl == 0 {
             mask |= IOPL;
@@ -275,7 +278,13 @@ impl Vcpu {
             f &= !RF;
         }
         self.cpu_mut().set_rflags(f);
-        if old & AC != 0 && f & AC == 0 {
+        self.access_check_from(old);
+    }
+
+    /// After a change of RFLAGS from `old`: user pages that supervisor code
+    /// reached while AC was set are closed to it again.
+    pub fn access_check_from(&mut self, old: u64) {
+        if old & AC != 0 && self.cpu().ac == 0 {
             self.regions.all[0].flush_kuser();
             self.cpu_mut().kuser = 0;
         }

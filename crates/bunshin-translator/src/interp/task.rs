@@ -245,6 +245,6 @@ impl Vcpu {
 
     /// Store to a system structure, even in a page that holds translations.
     fn poke_system(&mut self, va: u64, size: u64, value: u64) -> Result<(), Trap> {
-        self.write_stack(va, &value.to_le_bytes()[..size as usize], Who::System)
+        self.write_as(va, &value.to_le_bytes()[..size as usize], Who::System)
     }
 }

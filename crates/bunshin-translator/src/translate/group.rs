@@ -123,9 +123,7 @@ impl Unit<'_> {
                     let plain = disp.unsigned_abs() < 1 << 62;
                     return plain.then_some(Spot { base: None, index: None, disp, size, write });
                 }
-                if base == Register::None
-                    || !base.is_gpr64()
-                    || index != Register::None && !index.is_gpr64()
+                if base == Register::None || !base.is_gpr64() || index != Register::None && !index.is_gpr64()
                 {
                     return None;
                 }

@@ -223,6 +223,15 @@ impl Vcpu {
     /// cross a page. Hot code gets slots. Fails with the exception that fetching the
     /// first instruction raises.
     pub fn translate(&mut self, rip: u64, version: &mut Version) -> Result<u32, Exception> {
+        match self.translate_once(rip, version)? {
+            Some(id) => Ok(id),
+            // Once more, with nobody there to change anything.
+            None => self.exclusively(|v| v.translate_once(rip, version))?.ok_or(Exception::gp()),
+        }
+    }
+
+    /// None: the first page may have changed while others stood still for the second.
+    fn translate_once(&mut self, rip: u64, version: &mut Version) -> Result<Option<u32>, Exception> {
         let alone = *version == Version::Alone;
         let started = bunshin_core::clock::rdtsc();
         let code_limit = self.code_limit();
@@ -236,6 +245,7 @@ impl Vcpu {
             return Err(Exception::gp()); // executing a device: not modelled
         };
         let host = self.phys.host(gpa & !0xfff).unwrap();
+        self.claim_code(page);
         let mode = self.mode() | if alone { mode::ALONE } else { 0 };
         let bits = mode::bits(mode);
         let (hot, lesson) = match version {
@@ -252,8 +262,8 @@ impl Vcpu {
         if !matches!(version, Version::Hot(_)) {
             if let Some(id) = self.revive(&Key { gpa, va: rip, mode }, &window) {
                 self.window = window;
-                self.enlist(id, page, gpa);
-                return Ok(id);
+                self.enlist(id, page);
+                return Ok(Some(id));
             }
         }
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
@@ -265,14 +275,18 @@ impl Vcpu {
             // The first instruction crosses into the next page.
             let next = (va & !0xfff).wrapping_add(4096);
             let m2 = self.walk(next, self.fetcher(), Kind::Fetch)?;
-            let mut rest = [0; 16];
-            match self.phys.host(m2.gpa) {
-                // SAFETY: guest RAM.
-                Some(h) => unsafe { std::ptr::copy_nonoverlapping(h as *const u8, rest.as_mut_ptr(), 16) },
-                None => return Err(Exception::gp()),
+            let (Some(page2), Some(h)) = (self.phys.page(m2.gpa), self.phys.host(m2.gpa)) else {
+                return Err(Exception::gp());
+            };
+            if self.claim_code(page2) {
+                (self.window, self.factory) = (window, Some(factory));
+                return Ok(None);
             }
+            let mut rest = [0; 16];
+            // SAFETY: guest RAM.
+            unsafe { std::ptr::copy_nonoverlapping(h as *const u8, rest.as_mut_ptr(), 16) };
             window.extend_from_slice(&rest);
-            second = Some(m2.gpa);
+            second = Some((page2, m2.gpa));
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
             outside = bits != 64 && insn.next_ip() > code_limit + 1;
             if !outside {
@@ -329,7 +343,10 @@ impl Vcpu {
             Unit::focus(&mut plan);
             u.settle(&plan);
         }
-        if !u.v.exact_flags {
+        if u.v.exact_flags {
+            // Even what faults shows the flags as they were before it.
+            plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
+        } else {
             u.liveness(&mut plan, second.is_some());
         }
         u.order = plan.iter().map(|s| s.ip).collect();
@@ -344,9 +361,7 @@ impl Vcpu {
         for s in &plan[1..] {
             u.relied.push(((s.ip & 0xfff) as u16, (s.last().next_ip().wrapping_sub(s.ip & !0xfff)) as u16));
         }
-        let Unit {
-            a, points, sites, relied, info, slots, lesson, entries, homes, patches, reach, ..
-        } = u;
+        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, reach, .. } = u;
         let end = plan.iter().map(|s| s.last().next_ip().wrapping_sub(1)).max().unwrap_or(0);
         for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
@@ -382,7 +397,7 @@ impl Vcpu {
         self.blocks.points += points.len();
         self.blocks.all.push(Block {
             key,
-            second,
+            second: second.map(|s| s.1),
             length: guest_length,
             dead: false,
             host: at,
@@ -398,9 +413,8 @@ impl Vcpu {
             heat: hot.then_some(Heat { since: started, slots, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
-        self.enlist(id, page, gpa);
-        if let Some((page, gpa)) = second.and_then(|g| Some((self.phys.page(g)?, g))) {
-            self.enlist(id, page, gpa);
+        for page in [Some(page), second.map(|s| s.0)].into_iter().flatten() {
+            self.enlist(id, page);
         }
         if perf_map::is_on() {
             perf_map::block(at, length as u64, rip, mode & mode::USER != 0);
@@ -409,18 +423,14 @@ impl Vcpu {
         self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
         self.counters.host_bytes += length as u64;
         self.times.translating += bunshin_core::clock::rdtsc() - started;
-        Ok(id)
+        Ok(Some(id))
     }
 }
 
 impl Vcpu {
-    /// Block `id` depends on a page: stores to it must be heard of.
-    fn enlist(&mut self, id: u32, page: usize, gpa: u64) {
+    /// Block `id` depends on `page`, which was claimed.
+    fn enlist(&mut self, id: u32, page: usize) {
         self.blocks.by_page.entry(page).or_default().push(id);
-        if !self.phys.code[page] {
-            let host = self.phys.host(gpa & !0xfff).unwrap();
-            self.protect_page(page, host);
-        }
     }
 
     /// Code that runs one copied instruction with its memory operand at the
