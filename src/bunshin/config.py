@@ -12,7 +12,7 @@ SMALLEST = 16 * MIB
 """Least memory that a Linux kernel can start in."""
 MAX_CPUS = 64
 """Most virtual processors that the translator runs, a host thread each."""
-BOOTS = ("auto", "pvh", "linux64")
+BOOTS = ("auto", "pvh", "linux64", "linux32")
 _UNITS = {"": MIB, "K": 1 << 10, "M": MIB, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -68,7 +68,7 @@ class MachineConfig:
         memory: guest RAM in bytes.
         cpus: number of virtual processors.
         engine: `auto` or the name of an engine.
-        boot: `auto`, `pvh` or `linux64`.
+        boot: `auto`, `pvh`, `linux64` or `linux32`.
     """
 
     kernel: str

@@ -139,7 +139,7 @@ class Machine:
             image: name of an image to boot, such as `tiny`, in place of a kernel.
             devices: your own devices, put where their `ports` and `mmio` say.
             console: a callable or binary file that gets all console output too.
-            boot: `auto`, `pvh` or `linux64`.
+            boot: `auto`, `pvh`, `linux64` or `linux32`.
             perf_map: write /tmp/perf-PID.map, from which Linux's `perf` names translated
                 code by guest functions: those that the kernel names itself (True), or those
                 of a System.map, a copy of /proc/kallsyms or an ELF file (its path). One map
@@ -185,7 +185,14 @@ class Machine:
             self.bus.serve_by(self._dispatch)
             self._lines = IrqLines(self._engine.set_irq)
             self.console = Console(self._type, lambda: self.board.com1.waiting, console)
-            self.board = SmallBoard(self.bus, self._lines, self.clock, self.console.feed, self._guest_ended)
+            self.board = SmallBoard(
+                self.bus,
+                self._lines,
+                self.clock,
+                self.console.feed,
+                self._guest_ended,
+                self._engine.set_a20,
+            )
             attach(devices, self.bus, self._lines)
         except BaseException:
             self.clock.close()

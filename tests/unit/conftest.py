@@ -155,6 +155,9 @@ class FakeEngine:
                 return
         raise FakeEngineError("not-ram", f"gpa {gpa:#x}")
 
+    def set_a20(self, open: bool) -> None:
+        pass
+
     def set_irq(self, gsi: int, level: bool) -> None:
         self.levels.append((gsi, level))
 

@@ -122,6 +122,10 @@ pub trait Engine: Send + Sync {
     fn write(&self, gpa: u64, from: &[u8]) -> bool;
     /// Drive an interrupt line of the chipset.
     fn set_irq(&self, gsi: u32, level: bool);
+    /// Open or close the A20 gate. While it is closed, bit 20 of the physical
+    /// addresses that processors use is forced to 0; it is open at the start. An
+    /// answer to an exit that follows the call finds it in place.
+    fn set_a20(&self, open: bool);
     /// Deliver a message-signalled interrupt.
     fn send_msi(&self, address: u64, data: u32);
     /// Writes of `value` (any value if None) of `size` bytes to `address`

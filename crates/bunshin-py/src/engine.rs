@@ -113,6 +113,11 @@ impl Engine {
         py.allow_threads(|| self.inner.set_irq(gsi, level));
     }
 
+    /// Open or close the A20 gate: closed, bit 20 of every gpa is forced to 0.
+    fn set_a20(&self, py: Python<'_>, open: bool) {
+        py.allow_threads(|| self.inner.set_a20(open));
+    }
+
     /// Deliver a message-signalled interrupt.
     fn send_msi(&self, py: Python<'_>, address: u64, data: u32) {
         py.allow_threads(|| self.inner.send_msi(address, data));

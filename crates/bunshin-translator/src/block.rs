@@ -85,6 +85,8 @@ pub struct Block {
     /// Entry for linked jumps.
     pub body: u64,
     pub points: Box<[Point]>,
+    /// Highest offset in the code segment that the translation took for valid.
+    pub reach: u64,
     /// Further byte ranges of the page that the translation relied on.
     pub relied: Vec<(u16, u16)>,
     /// Constants of the guest's code in it.
@@ -170,6 +172,9 @@ impl Vcpu {
         let mode = self.mode() | if alone { crate::vcpu::mode::ALONE } else { 0 };
         let id = *self.blocks.index.get(&Key { gpa, va: rip, mode })?;
         let mut global = m.global;
+        if self.blocks.all[id as usize].reach > self.code_limit() {
+            return None;
+        }
         if let Some((next, second)) = self.blocks.all[id as usize].second {
             let m2 = self.walk(next, self.fetcher(), crate::mmu::Kind::Fetch).ok()?;
             if m2.gpa != second {
@@ -287,6 +292,16 @@ impl Vcpu {
             r.jc_drop(key.va, checked, miss);
         }
         self.counters.killed += 1;
+    }
+
+    /// Drop the translations that were made in a mode with `bit`, for good.
+    pub fn forget_mode(&mut self, bit: u32) {
+        self.graves.retain(|key, _| key.mode & bit == 0);
+        for id in 0..self.blocks.all.len() as u32 {
+            if self.blocks.all[id as usize].key.mode & bit != 0 {
+                self.kill(id);
+            }
+        }
     }
 
     /// Guest memory `[gpa, gpa + length)` inside one page is about to change: drop the

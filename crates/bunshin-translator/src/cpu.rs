@@ -135,6 +135,14 @@ pub struct Cpu {
     /// Bits of an address above the offset in its page.
     pub pages: u64,
     pub mask31: u64,
+    /// Bit 63.
+    pub sign: u64,
+    /// What to add to the address of an operand that lies outside its segment, and
+    /// inside it: the first is an address that no table holds.
+    pub astray: [u64; 2],
+    /// `Seg::reach` of every segment for loads and stores, in 16- and 32-bit code.
+    pub reach_r: [u64; 6],
+    pub reach_w: [u64; 6],
     pub fault_vector: u32,
     pub fault_flags: u32,
     pub fault_addr: u64,
@@ -212,6 +220,7 @@ pub mod at {
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;
         MASK63 = mask63; PAGES = pages; MASK31 = mask31; SHADOW = shadow;
+        SIGN = sign; ASTRAY = astray; REACH_R = reach_r; REACH_W = reach_w;
     }
     pub fn gpr(n: u8) -> u32 {
         GPR + 8 * u32::from(n)

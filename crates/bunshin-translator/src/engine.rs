@@ -33,6 +33,8 @@ pub struct TranslatorEngine {
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
     effort: Effort,
     exact_flags: AtomicBool,
+    /// The A20 gate is open.
+    a20: Arc<AtomicBool>,
 }
 
 impl TranslatorEngine {
@@ -76,6 +78,7 @@ impl TranslatorEngine {
             doorbells: Arc::default(),
             effort,
             exact_flags: AtomicBool::new(false),
+            a20: Arc::new(AtomicBool::new(true)),
         });
         Ok(engine)
     }
@@ -130,6 +133,7 @@ impl Engine for TranslatorEngine {
             self.crew.clone(),
         )?;
         v.doorbells = self.doorbells.clone();
+        v.gate = self.a20.clone();
         v.effort = self.effort;
         v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
         Ok(Box::new(Handle(v)))
@@ -177,6 +181,13 @@ impl Engine for TranslatorEngine {
 
     fn set_irq(&self, gsi: u32, level: bool) {
         self.chips.set_irq(gsi, level);
+    }
+
+    fn set_a20(&self, open: bool) {
+        self.a20.store(open, Ordering::Release);
+        for s in (0..MAX_CPUS).filter_map(|n| self.crew.get(n)) {
+            s.poke();
+        }
     }
 
     fn send_msi(&self, address: u64, data: u32) {

@@ -33,6 +33,7 @@ mod together;
 mod translate;
 mod vcpu;
 mod vector;
+mod xstate;
 
 pub use engine::TranslatorEngine;
 pub use vcpu::Effort;

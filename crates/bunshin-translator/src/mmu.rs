@@ -254,6 +254,8 @@ pub struct Region {
     /// Mode bits and base of CS for which the jump cache is valid.
     pub mode: u32,
     pub cs_base: u64,
+    /// Limit of CS, where `mode` says that there is one.
+    pub cs_limit: u32,
     /// PCID that owns a user region.
     pub owner: Option<u16>,
     pub last_use: u64,
@@ -535,6 +537,7 @@ impl Regions {
                     huge: false,
                     mode: u32::MAX,
                     cs_base: 0,
+                    cs_limit: u32::MAX,
                     owner: None,
                     last_use: 0,
                     slots: 0,
@@ -647,8 +650,19 @@ pub const CR4_SMEP: u64 = 1 << 20;
 pub const CR4_SMAP: u64 = 1 << 21;
 pub const EFER_NXE: u64 = 1 << 11;
 const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
-/// Address bits that the processor does not have, see `cpuid.rs`.
-const RESERVED: u64 = ADDRESS & !((1 << crate::cpuid::PHYSICAL_BITS) - 1);
+
+/// Addresses that fit the width in CPUID leaf 8000_0008.
+const PHYSICAL: u64 = (1 << crate::cpuid::PHYSICAL_BITS) - 0x1000;
+
+/// Reserved bits of an entry for a large page of `1 << bits` bytes: its address is
+/// aligned. Of 4 MiB ones, bits 13 to 20 hold bits 32 to 39 of the address.
+fn unaligned(bits: u32, wide: bool) -> u64 {
+    if wide {
+        (1 << bits) - (1 << 13)
+    } else {
+        1 << 21
+    }
+}
 
 pub fn canonical(va: u64) -> bool {
     ((va as i64) << 16 >> 16) as u64 == va
@@ -693,7 +707,7 @@ impl Vcpu {
         let c = self.cpu();
         let (cr0, cr3, cr4, efer) = (c.cr0, c.cr3, c.cr4, c.efer);
         if cr0 & CR0_PG == 0 {
-            let gpa = va & 0xffff_ffff & !0xfff;
+            let gpa = va & 0xffff_ffff & !0xfff & self.lines;
             return Ok(Some(Mapping { gpa, store: true, user: true, global: false, bits: 12 }));
         }
         self.counters.walks += 1;
@@ -707,8 +721,7 @@ impl Vcpu {
         let (mut table, mut level, shift) = if long {
             (cr3 & ADDRESS, 4u32, 9)
         } else if wide {
-            let root = cr3 & 0xffff_ffe0;
-            let e = self.read_entry(root + ((va >> 30) & 3) * 8, true).ok_or(none)?;
+            let e = self.pdptes[(va >> 30) as usize & 3];
             if e & P == 0 {
                 return Err(none);
             }
@@ -716,6 +729,8 @@ impl Vcpu {
         } else {
             (cr3 & 0xffff_f000, 2, 10)
         };
+        // Above the physical address; without long mode the ignored bits too.
+        let reserved = if long { ADDRESS & !PHYSICAL } else { !(NX | PHYSICAL | 0xfff) };
         let (mut rights, mut nx) = (U | W, false);
         let mut seen: [(u64, u64); 4] = [(0, 0); 4];
         let mut depth = 0;
@@ -728,7 +743,7 @@ impl Vcpu {
             if e & P == 0 {
                 return Err(none);
             }
-            if entry_bits == 3 && (e & NX != 0 && !nxe || e & RESERVED != 0) {
+            if entry_bits == 3 && (e & reserved != 0 || e & NX != 0 && !nxe) {
                 return Err(self.fault(va, who, kind, true, true));
             }
             rights &= e;
@@ -737,6 +752,9 @@ impl Vcpu {
             depth += 1;
             let leaf = level == 1
                 || (e & PS != 0 && (level == 2 || level == 3) && (wide || long || cr4 & CR4_PSE != 0));
+            if leaf && level > 1 && e & unaligned(at, entry_bits == 3) != 0 {
+                return Err(self.fault(va, who, kind, true, true));
+            }
             if !leaf {
                 if e & PS != 0 && level == 4 {
                     return Err(self.fault(va, who, kind, true, true));
@@ -779,7 +797,7 @@ impl Vcpu {
                 e & ADDRESS & !((1u64 << bits) - 1)
             };
             return Ok(Some(Mapping {
-                gpa: base | (va & ((1u64 << bits) - 1) & !0xfff),
+                gpa: (base | (va & ((1u64 << bits) - 1) & !0xfff)) & self.lines,
                 store: may_store && dirty,
                 user,
                 global: e & G != 0 && cr4 & CR4_PGE != 0,
@@ -788,8 +806,27 @@ impl Vcpu {
         }
     }
 
+    /// Load the four entries that PAE paging without long mode keeps in the processor.
+    /// Fails, without a change, where one has reserved bits set.
+    pub fn load_pdptes(&mut self) -> std::result::Result<(), Exception> {
+        let c = self.cpu();
+        if c.cr0 & CR0_PG == 0 || c.cr4 & CR4_PAE == 0 || c.efer & 0x400 != 0 {
+            return Ok(());
+        }
+        let root = c.cr3 & 0xffff_ffe0;
+        let mut new = [0; 4];
+        for (n, e) in new.iter_mut().enumerate() {
+            *e = self.read_entry(root + 8 * n as u64, true).unwrap_or(0);
+            if *e & P != 0 && *e & !(P | 8 | 0x10 | 0xe00 | PHYSICAL) != 0 {
+                return Err(Exception::gp());
+            }
+        }
+        self.pdptes = new;
+        Ok(())
+    }
+
     fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {
-        let host = self.phys.host(gpa)?;
+        let host = self.phys.host(gpa & self.lines)?;
         // SAFETY: entries are aligned and inside guest RAM.
         Some(unsafe {
             if wide {
@@ -803,7 +840,7 @@ impl Vcpu {
     /// Set bits of an entry if it is still `old`: false when another processor or
     /// the guest has changed it. An entry outside RAM stays as it is.
     fn replace_entry(&self, gpa: u64, wide: bool, old: u64, new: u64) -> bool {
-        let Some(host) = self.phys.host(gpa) else { return true };
+        let Some(host) = self.phys.host(gpa & self.lines) else { return true };
         let relaxed = Ordering::Relaxed;
         // SAFETY: as in `read_entry`.
         unsafe {
@@ -831,8 +868,8 @@ impl Vcpu {
         let host = s.host + (m.gpa - s.gpa);
         let page = s.first + ((m.gpa - s.gpa) >> 12) as usize;
         let readonly = s.readonly;
-        let store = m.store && !readonly && self.stores_freely(page);
-        if write && !store {
+        let store = m.store && !readonly && self.stores_freely(page) && !self.watched(va, Kind::Write);
+        if write && !store || self.watched(va, Kind::Read) {
             return false;
         }
         let index = (va >> 12) as u16;
@@ -885,7 +922,8 @@ impl Vcpu {
         }
         let size = u64::from(info & 0xfff);
         let write = info & INFO_WRITE != 0;
-        if (va & 0xfff) + size > 4096 {
+        let astray = va >> 32 != 0 && !self.cpu().code64();
+        if (va & 0xfff) + size > 4096 || astray {
             return Filled::Slow;
         }
         if self.regions.all[self.region].device_page(va, write).is_some() {
@@ -911,6 +949,9 @@ impl Vcpu {
     ) -> std::result::Result<(Option<u64>, u64), Exception> {
         let own = who == self.who();
         if own && kind != Kind::Fetch {
+            if self.armed.data {
+                self.note_access(va, size, kind);
+            }
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
                 return Ok((Some(h), 0));
             }
@@ -1067,12 +1108,17 @@ impl Vcpu {
         self.region = i;
         let mode = self.mode();
         let miss = self.stubs.lookup;
-        let cs_base = if self.cpu().code64() { 0 } else { self.cpu().seg[1].base };
+        let (cs_base, cs_limit) = if self.cpu().code64() {
+            (0, u32::MAX)
+        } else {
+            (self.cpu().seg[1].base, self.cpu().seg[1].limit)
+        };
         let r = &mut self.regions.all[i];
-        if r.mode != mode || r.cs_base != cs_base {
-            let moved = r.cs_base != cs_base;
+        if r.mode != mode || r.cs_base != cs_base || r.cs_limit != cs_limit {
+            let moved = r.cs_base != cs_base || r.cs_limit != cs_limit;
             r.mode = mode;
             r.cs_base = cs_base;
+            r.cs_limit = cs_limit;
             r.flush_jc(miss);
             if moved && i == 0 {
                 // The same rip is other code now.

@@ -22,7 +22,6 @@ pub struct Msrs {
     pub kvm_time: u64,
     pub kvm_wall: u64,
     pub tsc_adjust: u64,
-    pub spec_ctrl: u64,
     pub feature_control: u64,
     pub debugctl: u64,
     pub mcg_status: u64,
@@ -40,7 +39,6 @@ impl Default for Msrs {
             kvm_time: 0,
             kvm_wall: 0,
             tsc_adjust: 0,
-            spec_ctrl: 0,
             feature_control: 1,
             debugctl: 0,
             mcg_status: 0,
@@ -99,7 +97,6 @@ impl Vcpu {
             0x10 => self.tsc(),
             0x3b => m.tsc_adjust,
             0x3a => m.feature_control,
-            0x48 => m.spec_ctrl,
             0x8b | 0x17 | 0xc001_0010 | 0xc001_001f | 0xc001_1029 => 0,
             // HWCR: the counter runs at the rate of P0.
             0xc001_0015 => 1 << 24,
@@ -138,6 +135,9 @@ impl Vcpu {
         let address = || canonical(x).then_some(x);
         match n {
             0x10 => {
+                // The adjustment tells by how much it was moved.
+                let by = x.wrapping_sub(self.tsc());
+                self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(by);
                 let offset = x.wrapping_sub(clock::rdtsc());
                 self.set_tsc_offset(offset);
             }
@@ -147,8 +147,7 @@ impl Vcpu {
                 let offset = self.cpu().tsc_offset.wrapping_add(by);
                 self.set_tsc_offset(offset);
             }
-            0x48 => self.msrs.spec_ctrl = x & 7,
-            0x49 | 0x10b | 0x8b | 0x79 | 0xc001_0015 | 0xc001_001f | 0xc001_1029 => {}
+            0x8b | 0x79 | 0xc001_0015 | 0xc001_001f | 0xc001_1029 => {}
             0x174 => self.cpu_mut().sysenter[0] = x,
             0x175 | 0x176 => self.cpu_mut().sysenter[(n - 0x174) as usize] = address()?,
             0x17a => self.msrs.mcg_status = x,
@@ -221,10 +220,10 @@ impl Vcpu {
     }
 
     fn write_physical(&mut self, gpa: u64, bytes: &[u8]) {
-        for (k, chunk) in bytes.chunks(8).enumerate() {
-            let at = gpa.wrapping_add(8 * k as u64);
+        for (k, chunk) in bytes.chunks(4).enumerate() {
+            let at = gpa.wrapping_add(4 * k as u64);
             if self.phys.slot(at).is_some() {
-                // A piece of 8 bytes stays inside a page. Without it the guest's clock
+                // A piece of 4 bytes, aligned, stays inside a page. Without it the guest's clock
                 // is wrong, which is its own doing where that is no RAM.
                 let _ = self.special_write(at, chunk);
             }
@@ -261,7 +260,7 @@ impl Vcpu {
         // The counters of all processors agree.
         b[29] = 1;
         // Odd while the rest changes.
-        let gpa = msr & !7;
+        let gpa = msr & !3;
         for (n, length) in [(version.wrapping_sub(1), 8), (version.wrapping_sub(1), 32), (version, 8)] {
             b[0..4].copy_from_slice(&n.to_le_bytes());
             self.write_physical(gpa, &b[..length]);
@@ -280,6 +279,7 @@ impl Vcpu {
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());
         b[8..12].copy_from_slice(&((start % 1_000_000_000) as u32).to_le_bytes());
-        self.write_physical(gpa & !7, &b[..12]);
+        // Unlike the clock's, this structure is only aligned to its 32-bit members.
+        self.write_physical(gpa & !3, &b[..12]);
     }
 }

@@ -83,6 +83,9 @@ impl Vcpu {
     /// Bring back the translation for `key`, whose page is `page`, if it still fits.
     pub fn revive(&mut self, key: &Key, page: &[u8]) -> Option<u32> {
         let g = self.graves.remove(key)?;
+        if self.blocks.all[g.id as usize].reach > self.code_limit() {
+            return None;
+        }
         let b = &mut self.blocks.all[g.id as usize];
         let mut changed = false;
         for (n, (from, old)) in g.ranges.iter().enumerate() {

@@ -6,26 +6,32 @@
 //! and the result is copied back. Nothing of the guest changes before all of
 //! it can.
 use crate::cpu::*;
-use crate::host;
-use crate::host::components;
 use crate::insn::{decode, reads, shape, writes};
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
 use crate::vcpu::{mode, Vcpu};
+use crate::xstate::{is_xrstor, is_xsave, xsave, Upper};
 use iced_x86::{
     CpuidFeature, EncodingKind, Instruction, InstructionInfoFactory, MemorySize, Mnemonic as M, OpAccess,
     OpKind, Register,
 };
 use std::sync::atomic::Ordering;
 
-/// XSAVE header offset of XSTATE_BV.
-const XSTATE_BV: usize = 512;
-const XCOMP_BV: usize = 520;
-
 impl Vcpu {
     /// Fetch and decode the instruction at rip.
     pub fn fetch(&mut self) -> Result<Instruction, Exception> {
         let rip = self.cpu().rip;
+        if rip > self.code_limit() {
+            return Err(Exception::gp());
+        }
+        let i = self.fetch_unlimited(rip)?;
+        if !self.cpu().code64() && i.next_ip() > self.code_limit() + 1 {
+            return Err(Exception::gp());
+        }
+        Ok(i)
+    }
+
+    fn fetch_unlimited(&mut self, rip: u64) -> Result<Instruction, Exception> {
         let va = self.linear_rip(rip);
         let mut b = [0u8; 15];
         let first = (4096 - (va & 0xfff)).min(15) as usize;
@@ -53,7 +59,7 @@ impl Vcpu {
         Ok((again == *i && again.len() == i.len()).then_some(self.bytes))
     }
 
-    fn run_snippet(&mut self, bytes: &[u8], i: &Instruction, operand: u64) -> Result<(), Trap> {
+    pub fn run_snippet(&mut self, bytes: &[u8], i: &Instruction, operand: u64) -> Result<(), Trap> {
         let code = self.snippet(bytes, i);
         self.cpu_mut().tmp = operand;
         self.cpu_mut().resume = code;
@@ -91,18 +97,6 @@ impl Vcpu {
         Ok(())
     }
 
-    fn restore_pending(&mut self, before: u32) {
-        if before != 0 || std::mem::take(&mut self.again) {
-            self.cpu().pending.store(1, Ordering::Release);
-        }
-    }
-
-    // --- vector registers in the XSAVE area -----------------------------------
-
-    fn xstate_bv(&self) -> u64 {
-        u64::from_le_bytes(self.cpu().xsave.0[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap())
-    }
-
     /// Run from `cpu.resume` until an exit.
     pub fn run_code(&mut self) {
         self.in_code = true;
@@ -119,83 +113,10 @@ impl Vcpu {
         self.blank_initial();
     }
 
-    /// Write out the components that became initial. XSAVEOPT left their old
-    /// bytes, and on Zen 4 may name them again later without writing them.
-    pub fn blank_initial(&mut self) {
-        let present = self.xstate_bv();
-        let gone = std::mem::replace(&mut self.saved, present) & !present;
-        for n in (0..8).filter(|n| gone >> n & 1 != 0) {
-            let (at, length) = host::component(n);
-            let x = &mut self.cpu_mut().xsave.0;
-            x[at..at + length].fill(0);
-            if n == 0 {
-                x[..24].fill(0);
-                x[..2].copy_from_slice(&0x37fu16.to_le_bytes());
-            }
+    fn restore_pending(&mut self, before: u32) {
+        if before != 0 || std::mem::take(&mut self.again) {
+            self.cpu().pending.store(1, Ordering::Release);
         }
-    }
-
-    /// Where a component lies, unless it is in its initial state.
-    fn component(&self, n: usize) -> Option<usize> {
-        (self.xstate_bv() >> n & 1 != 0).then(|| host::component(n).0)
-    }
-
-    /// Where a component lies; it is in use from now on.
-    fn touch_component(&mut self, n: usize) -> usize {
-        self.cpu_mut().xsave.0[XSTATE_BV] |= 1 << n;
-        host::component(n).0
-    }
-
-    /// 64 bytes of vector register `n`.
-    pub fn vector(&self, n: usize) -> [u8; 64] {
-        let mut v = [0; 64];
-        let x = &self.cpu().xsave.0;
-        if n >= 16 {
-            if let Some(at) = self.component(7) {
-                v.copy_from_slice(&x[at + 64 * (n - 16)..][..64]);
-            }
-            return v;
-        }
-        if let Some(at) = self.component(1) {
-            v[..16].copy_from_slice(&x[at + 16 * n..][..16]);
-        }
-        if let Some(at) = self.component(2) {
-            v[16..32].copy_from_slice(&x[at + 16 * n..][..16]);
-        }
-        if host::xsave_mask() & 0x40 != 0 {
-            if let Some(at) = self.component(6) {
-                v[32..].copy_from_slice(&x[at + 32 * n..][..32]);
-            }
-        }
-        v
-    }
-
-    fn set_vector(&mut self, n: usize, v: &[u8; 64]) {
-        if n >= 16 {
-            let at = self.touch_component(7);
-            self.cpu_mut().xsave.0[at + 64 * (n - 16)..][..64].copy_from_slice(v);
-            return;
-        }
-        let at = self.touch_component(1);
-        self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[..16]);
-        let at = self.touch_component(2);
-        self.cpu_mut().xsave.0[at + 16 * n..][..16].copy_from_slice(&v[16..32]);
-        if host::xsave_mask() & 0x40 != 0 {
-            let at = self.touch_component(6);
-            self.cpu_mut().xsave.0[at + 32 * n..][..32].copy_from_slice(&v[32..]);
-        }
-    }
-
-    fn opmask(&self, r: Register) -> u64 {
-        let n = r as usize - Register::K0 as usize;
-        let Some(at) = self.component(5) else { return 0 };
-        u64::from_le_bytes(self.cpu().xsave.0[at + 8 * n..][..8].try_into().unwrap())
-    }
-
-    fn set_opmask(&mut self, r: Register, v: u64) {
-        let n = r as usize - Register::K0 as usize;
-        let at = self.touch_component(5);
-        self.cpu_mut().xsave.0[at + 8 * n..][..8].copy_from_slice(&v.to_le_bytes());
     }
 }
 
@@ -211,6 +132,7 @@ fn vector_number(r: Register) -> usize {
 
 /// Any instruction at all.
 pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
+    v.check_fpu(i)?;
     let h = interp::helper(i);
     if h.run as usize != any as fn(&mut Vcpu, &Instruction) -> Done as usize {
         return (h.run)(v, i);
@@ -236,7 +158,7 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
         | M::Prefetchit1 => return Ok(Flow::Next),
         M::Reservednop if i.op0_kind() == OpKind::Memory => return Ok(Flow::Next),
         M::Clflush | M::Clflushopt | M::Clwb => {
-            let (va, who) = (v.operand_address(i), v.data_access());
+            let (va, who) = (v.operand_at(i, 0, 1, Kind::Read)?, v.data_access());
             v.load(va, 1, who)?;
             return Ok(Flow::Next);
         }
@@ -251,6 +173,9 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     if i.flow_control() == iced_x86::FlowControl::ConditionalBranch {
         let taken = condition(v.cpu().arith(), i.condition_code() as u8 - 1);
+        if taken {
+            v.reachable(i.near_branch_target())?;
+        }
         v.cpu_mut().rip = if taken { i.near_branch_target() } else { i.next_ip() };
         return Ok(Flow::Jump);
     }
@@ -276,48 +201,9 @@ fn condition(f: u32, cc: u8) -> bool {
 }
 
 fn lea(v: &mut Vcpu, i: &Instruction) -> Done {
-    let seg = Vcpu::segment_index(i.memory_segment());
-    let x = v.operand_address(i).wrapping_sub(v.base_of(seg));
-    let x = if v.cpu().code64() { x } else { x & 0xffff_ffff };
+    let x = v.operand_offset(i, 0);
     v.set_reg(i.op0_register(), x);
     Ok(Flow::Next)
-}
-
-/// Bytes that an XSAVE or XRSTOR touches for the components in `m`.
-fn xsave_bytes(m: u64, compact: bool) -> usize {
-    let mut size = 576;
-    for (n, c) in components().iter().enumerate().skip(2) {
-        if m >> n & 1 == 0 {
-            continue;
-        }
-        if compact {
-            if c.aligned {
-                size = (size + 63) & !63;
-            }
-            size += c.size;
-        } else {
-            size = size.max(c.offset + c.size);
-        }
-    }
-    size
-}
-
-fn is_xsave(m: M) -> bool {
-    matches!(
-        m,
-        M::Xsave
-            | M::Xsave64
-            | M::Xsaveopt
-            | M::Xsaveopt64
-            | M::Xsavec
-            | M::Xsavec64
-            | M::Xsaves
-            | M::Xsaves64
-    )
-}
-
-fn is_xrstor(m: M) -> bool {
-    matches!(m, M::Xrstor | M::Xrstor64 | M::Xrstors | M::Xrstors64)
 }
 
 /// Nothing may come between its load and its store.
@@ -340,7 +226,15 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     let m = i.mnemonic();
     let who = v.data_access();
-    let mut va = v.operand_address(i);
+    let access = {
+        let mut f = InstructionInfoFactory::new();
+        let info = f.info(i);
+        (0..i.op_count())
+            .find(|&n| i.op_kind(n) == OpKind::Memory)
+            .map_or(OpAccess::None, |n| info.op_access(n))
+    };
+    let kind = if writes(access) { Kind::Write } else { Kind::Read };
+    let mut behind = 0;
     if interp::bit_string(i) {
         let size = i.op1_register().size();
         let off = v.reg(i.op1_register());
@@ -349,21 +243,16 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             4 => i64::from(off as i32) >> 5,
             _ => off as i64 >> 6,
         };
-        va = v.operand_behind(i, (off * size as i64) as u64);
+        behind = (off * size as i64) as u64;
         if size == 2 {
+            let va = v.operand_at(i, behind, size, kind)?;
             return bit16(v, i, va);
         }
     }
     if is_xsave(m) || is_xrstor(m) {
+        let va = v.operand_at(i, 0, 576, if is_xsave(m) { Kind::Write } else { Kind::Read })?;
         return xsave(v, i, bytes, va);
     }
-    let access = {
-        let mut f = InstructionInfoFactory::new();
-        let info = f.info(i);
-        (0..i.op_count())
-            .find(|&n| i.op_kind(n) == OpKind::Memory)
-            .map_or(OpAccess::None, |n| info.op_access(n))
-    };
     let size = match i.memory_size() {
         MemorySize::Unknown => 0,
         s => s.size(),
@@ -372,11 +261,12 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
         return Ok(Flow::Next);
     }
+    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
+    let va = if mask != 0 { v.operand_at(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
     if waits(i) {
         // An exception that the FPU has pending comes before those of the operand.
         v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
     }
-    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
     // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
     let narrow = !v.cpu().code64() && i.op_mask() == Register::None;
     let wrap = if narrow { 0xffff_ffff } else { u64::MAX };
@@ -387,7 +277,6 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if mask != 0 && misaligned(v, i, va, size) {
         return Err(gp());
     }
-    let kind = if writes(access) { Kind::Write } else { Kind::Read };
     // What long operands look at before the rest: so many bytes of the start,
     // and the last one.
     let (first, last) = match n {
@@ -422,7 +311,17 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     let off = (va & 63) as usize;
     v.cpu_mut().bounce.0[off..off + size].copy_from_slice(buffer);
     let operand = v.cpu().bounce.0.as_ptr() as u64 + off as u64;
+    let image = matches!(m, M::Fxsave | M::Fxsave64 | M::Fxrstor | M::Fxrstor64);
+    let upper = (image && !v.cpu().code64()).then(|| Upper::new(v));
     v.run_snippet(bytes, i, operand)?;
+    if let Some(upper) = upper {
+        if writes(access) {
+            let old: Vec<u8> = buffer.to_vec();
+            upper.keep_memory(2, false, &old, &mut v.cpu_mut().bounce.0[off..off + size]);
+        } else {
+            upper.keep_registers(v);
+        }
+    }
     if writes(access) {
         buffer.copy_from_slice(&v.cpu().bounce.0[off..off + size]);
         // Host addresses of the last x87 instruction are none of the guest's business.
@@ -442,8 +341,10 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
 /// MOV between memory and a general register or an immediate: what drivers use on
 /// devices, so it goes without a snippet.
 fn plain(v: &mut Vcpu, i: &Instruction) -> Done {
-    let (va, size, who) = (v.operand_address(i), i.memory_size().size(), v.data_access());
-    if i.op0_kind() == OpKind::Memory {
+    let store = i.op0_kind() == OpKind::Memory;
+    let (size, who) = (i.memory_size().size(), v.data_access());
+    let va = v.operand_at(i, 0, size, if store { Kind::Write } else { Kind::Read })?;
+    if store {
         let x = v.operand(i, 1)?;
         v.store(va, size, x, who)?;
     } else {
@@ -715,6 +616,7 @@ fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
     };
     let who = v.data_access();
     let count = if mmx { 8 } else { 16 };
+    v.check_segment(seg, di, count, Kind::Write)?;
     let at = |v: &Vcpu, k: usize| v.linear(seg, di.wrapping_add(k as u64));
     if mmx {
         // Like any MMX instruction it enters MMX state, even if it then faults;
@@ -730,86 +632,6 @@ fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
     for k in (0..count).filter(|&k| m[k] & 0x80 != 0) {
         let va = at(v, k);
         v.store(va, 1, s[k].into(), who)?;
-    }
-    Ok(Flow::Next)
-}
-
-fn xsave(v: &mut Vcpu, i: &Instruction, bytes: &[u8], va: u64) -> Done {
-    let m = i.mnemonic();
-    let c = v.cpu();
-    if c.cr4 & (1 << 18) == 0 {
-        return Err(ud());
-    }
-    let supervisor = matches!(m, M::Xsaves | M::Xsaves64 | M::Xrstors | M::Xrstors64);
-    if supervisor && c.cpl != 0 || va & 63 != 0 {
-        return Err(gp());
-    }
-    let rfbm = ((c.gpr[0] & 0xffff_ffff) | (c.gpr[2] << 32)) & c.xcr0;
-    let (rax, rdx) = (c.gpr[0], c.gpr[2]);
-    let who = v.data_access();
-    // XSAVES and XRSTORS without supervisor components are XSAVEC and XRSTOR.
-    let mut swapped = [0u8; 15];
-    let n = bytes.len();
-    swapped[..n].copy_from_slice(bytes);
-    if supervisor {
-        let at = bytes.windows(2).position(|w| w == [0x0f, 0xc7]).unwrap_or(0);
-        if matches!(m, M::Xsaves | M::Xsaves64) {
-            swapped[at + 2] = (bytes[at + 2] & !0x38) | 4 << 3;
-        } else {
-            swapped[at + 1] = 0xae;
-            swapped[at + 2] = (bytes[at + 2] & !0x38) | 5 << 3;
-        }
-    }
-    let insn = decode(&swapped[..n], mode::bits(v.mode()), i.ip());
-    let compact_save = matches!(m, M::Xsavec | M::Xsavec64 | M::Xsaves | M::Xsaves64);
-    // Processors look at the first byte and the last before the rest.
-    let kind = if is_xsave(m) { Kind::Write } else { Kind::Read };
-    v.check(va, 1, kind, who)?;
-    let mut buffer = [0u8; 4096];
-    let size = if is_xrstor(m) {
-        v.read_as(va.wrapping_add(512), &mut buffer[512..576], who)?;
-        let xcomp = u64::from_le_bytes(buffer[XCOMP_BV..XCOMP_BV + 8].try_into().unwrap());
-        let xstate = u64::from_le_bytes(buffer[XSTATE_BV..XSTATE_BV + 8].try_into().unwrap());
-        let compact = xcomp >> 63 != 0;
-        let all = xcomp & !(1 << 63);
-        let reserved = if compact { 528..576 } else { 520..536 };
-        if supervisor && !compact
-            || (xstate | all) & !v.cpu().xcr0 != 0
-            || compact && xstate & !all != 0
-            || buffer[reserved].iter().any(|&b| b != 0)
-        {
-            return Err(gp());
-        }
-        if compact {
-            xsave_bytes(all, true)
-        } else {
-            xsave_bytes(rfbm, false)
-        }
-    } else {
-        xsave_bytes(rfbm, compact_save)
-    };
-    v.check(va.wrapping_add(size as u64 - 1), 1, kind, who)?;
-    v.check(va, size, kind, who)?;
-    // Another processor may change the header: the one that was checked counts.
-    let header: [u8; 64] = buffer[512..576].try_into().unwrap();
-    v.read_as(va, &mut buffer[..size], who)?;
-    if is_xrstor(m) {
-        buffer[512..576].copy_from_slice(&header);
-    }
-    v.cpu_mut().bounce.0[..size].copy_from_slice(&buffer[..size]);
-    v.cpu_mut().gpr[0] = rfbm & 0xffff_ffff;
-    v.cpu_mut().gpr[2] = rfbm >> 32;
-    let operand = v.cpu().bounce.0.as_ptr() as u64;
-    let r = v.run_snippet(&swapped[..n], &insn, operand);
-    v.cpu_mut().gpr[0] = rax;
-    v.cpu_mut().gpr[2] = rdx;
-    r?;
-    if is_xsave(m) {
-        buffer[..size].copy_from_slice(&v.cpu().bounce.0[..size]);
-        if rfbm & 1 != 0 {
-            buffer[6..24].fill(0);
-        }
-        v.write_as(va, &buffer[..size], who)?;
     }
     Ok(Flow::Next)
 }
@@ -872,12 +694,13 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
             .wrapping_add((x as u64).wrapping_mul(u64::from(i.memory_index_scale())))
             .wrapping_add(i.memory_displacement64());
         let off = if i.memory_base().size() == 4 || !v.cpu().code64() { off & 0xffff_ffff } else { off };
-        let va = v.linear(seg, off);
         let r = if scatter {
-            v.write_as(va, &out[k * n..k * n + n], who)
+            v.segment_at(seg, off, n, Kind::Write).and_then(|va| v.write_as(va, &out[k * n..k * n + n], who))
         } else {
             let mut b = [0; 8];
-            v.read_as(va, &mut b[..n], who).map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
+            v.segment_at(seg, off, n, Kind::Read)
+                .and_then(|va| v.read_as(va, &mut b[..n], who))
+                .map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
         };
         if let Err(e) = r {
             failed = Some(e);

@@ -86,6 +86,13 @@ impl Vcpu {
 
     /// Everything derived from control registers.
     fn settle(&mut self) {
+        // A state whose entries are bad maps nothing.
+        if self.load_pdptes().is_err() {
+            self.pdptes = [0; 4];
+        }
+        self.arm_breakpoints();
+        self.met = 0;
+        self.refresh_reach();
         self.flush_tlb_all();
         for r in &mut self.regions.all {
             r.owner = None;

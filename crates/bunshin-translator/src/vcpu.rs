@@ -3,7 +3,8 @@
 use crate::block::{Blocks, Key, NumberMap};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
-use crate::cpu::{exit, Cpu, NO_SITE, SAMPLES, TF};
+use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
+use crate::interp::debug::Armed;
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
@@ -14,11 +15,11 @@ use crate::translate::{Lesson, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, panics, Exit, Reply, Result};
-use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M, Register};
+use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::panic::{catch_unwind, AssertUnwindSafe};
-use std::sync::atomic::{fence, Ordering};
+use std::sync::atomic::{fence, AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Bits that translations depend on besides their bytes and address.
@@ -29,7 +30,7 @@ pub mod mode {
     const BITS: u32 = 3;
     /// Privilege level 3.
     pub const USER: u32 = 4;
-    /// Some segment base of CS, DS, ES, SS is not zero.
+    /// The base of CS is not zero.
     pub const BASED: u32 = 8;
     /// CR4.FSGSBASE is clear.
     pub const NO_FSGSBASE: u32 = 16;
@@ -37,6 +38,24 @@ pub mod mode {
     pub const UMIP: u32 = 32;
     /// CR4.TSD is set.
     pub const TSD: u32 = 64;
+
+    /// In 16- or 32-bit code: DS, ES or SS is not flat, or the stack pointer has not
+    /// the code's size.
+    pub const LIMITED: u32 = 256;
+    /// CS ends before 4 GiB.
+    pub const CODE_LIMITED: u32 = 512;
+    /// x87, MMX and vector instructions are shut off by CR0.EM or TS, SSE by
+    /// CR4.OSFXSR, AVX and AVX-512 by CR4.OSXSAVE or XCR0.
+    pub const NO_FPU: u32 = 1 << 12;
+    pub const NO_SSE: u32 = 1 << 13;
+    pub const NO_AVX: u32 = 1 << 14;
+    pub const NO_AVX512: u32 = 1 << 15;
+    /// Alignment is checked: level 3, CR0.AM and AC.
+    pub const ALIGN: u32 = 1 << 16;
+    /// Breakpoints on code are armed.
+    pub const DEBUG: u32 = 2048;
+    /// Privilege level 1 or 2.
+    pub const MIDDLE: u32 = 1024;
 
     /// The version of a block in which no accesses share a probe.
     pub const ALONE: u32 = 128;
@@ -61,12 +80,12 @@ pub struct HelperEntry {
 
 impl HelperEntry {
     pub fn new(insn: Instruction) -> Self {
-        Self {
-            helper: interp::helper(&insn),
-            family: Family::of(&insn),
-            serialises: interp::serialises(&insn),
-            insn,
-        }
+        Self::by(insn, interp::helper(&insn))
+    }
+
+    /// Something else to do for it.
+    pub fn by(insn: Instruction, helper: Helper) -> Self {
+        Self { helper, family: Family::of(&insn), serialises: interp::serialises(&insn), insn }
     }
 }
 
@@ -152,6 +171,14 @@ pub struct Vcpu {
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     /// Translate as if every arithmetic flag were read.
     pub exact_flags: bool,
+    /// The A20 gate is open, and the bits of a gpa that it lets through here so far.
+    pub gate: Arc<AtomicBool>,
+    pub lines: u64,
+    /// Page-directory pointers of PAE paging, as they were when CR3 was loaded.
+    pub pdptes: [u64; 4],
+    /// Breakpoints that are armed, and those that the present instruction met.
+    pub armed: Armed,
+    pub met: u8,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -255,6 +282,11 @@ impl Vcpu {
             clock_version: 0,
             doorbells: Arc::default(),
             exact_flags: false,
+            gate: Arc::new(AtomicBool::new(true)),
+            lines: u64::MAX,
+            pdptes: [0; 4],
+            armed: Armed::default(),
+            met: 0,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -272,6 +304,8 @@ impl Vcpu {
         c.mask63 = 63;
         c.pages = !0xfff;
         c.mask31 = 31;
+        c.sign = 1 << 63;
+        c.astray = [1 << 32, 0];
         v.reset();
         Ok(v)
     }
@@ -296,11 +330,21 @@ impl Vcpu {
         } else {
             mode::BITS16
         };
-        if c.cpl == 3 {
-            m |= mode::USER;
-        }
-        if m & 3 != mode::BITS64 && (0..4).any(|n| c.seg[n].base != 0) {
-            m |= mode::BASED;
+        m |= match c.cpl {
+            0 => 0,
+            3 => mode::USER,
+            _ => mode::MIDDLE,
+        };
+        if m & 3 != mode::BITS64 {
+            if c.seg[1].base != 0 {
+                m |= mode::BASED;
+            }
+            if c.seg[1].limit != u32::MAX {
+                m |= mode::CODE_LIMITED;
+            }
+            if !(c.seg[0].flat() && c.seg[2].flat() && c.seg[3].flat()) || c.seg[2].big() != c.seg[1].big() {
+                m |= mode::LIMITED;
+            }
         }
         if c.cr4 & (1 << 16) == 0 {
             m |= mode::NO_FSGSBASE;
@@ -308,6 +352,13 @@ impl Vcpu {
         if c.cr4 & (1 << 11) != 0 {
             m |= mode::UMIP;
         }
+        if self.armed.code {
+            m |= mode::DEBUG;
+        }
+        if self.aligned() {
+            m |= mode::ALIGN;
+        }
+        m |= self.shut();
         if c.cr4 & 4 != 0 {
             m |= mode::TSD;
         }
@@ -396,9 +447,14 @@ impl Vcpu {
                     continue;
                 }
             }
-            if self.cpu().eflags & TF != 0 {
-                if let Some(e) = self.step() {
-                    return e;
+            if self.cpu().eflags & (TF | RF) != 0 || self.cpu().shadow != 0 {
+                match self.code_breakpoint() {
+                    Some(e) => self.deliver(e),
+                    None => {
+                        if let Some(e) = self.step() {
+                            return e;
+                        }
+                    }
                 }
                 inside = false;
                 continue;
@@ -614,8 +670,15 @@ impl Vcpu {
         self.answer_next = 0;
         let out = self.outbox.len();
         let before = self.cpu().eflags & TF;
+        let shadow = std::mem::take(&mut self.cpu_mut().shadow);
         let r = (helper.run)(self, insn);
         self.may_exit = false;
+        if matches!(r, Err(Trap::Exit(_))) {
+            // It runs again, and what it met is met again.
+            self.cpu_mut().shadow = shadow;
+        } else if shadow != 0 && self.cpu().shadow == interp::debug::AFTER_SS {
+            self.cpu_mut().shadow = 0;
+        }
         if !self.crew.single() {
             // It may be one that serialises.
             fence(Ordering::SeqCst);
@@ -633,23 +696,19 @@ impl Vcpu {
         match r {
             Ok(flow) => {
                 self.answers.clear();
-                self.cpu_mut().shadow = 0;
                 if flow == Flow::Next {
                     self.cpu_mut().rip = insn.next_ip();
                 }
                 // INT n and SYSCALL clear TF and do not trap; POPF and IRET do.
                 let restores =
                     matches!(insn.mnemonic(), M::Popf | M::Popfd | M::Popfq | M::Iret | M::Iretd | M::Iretq);
-                // SYSRET that sets TF traps before anything else runs.
-                let sets = matches!(insn.mnemonic(), M::Sysret | M::Sysretq);
-                // The instruction behind MOV SS and POP SS belongs to them.
-                let stack = matches!(insn.mnemonic(), M::Mov | M::Pop) && insn.op0_register() == Register::SS;
-                if stack && traced != 0 {
-                    return Ok(flow == Flow::Next);
+                if !restores {
+                    self.cpu_mut().eflags &= !RF;
                 }
-                if (traced != 0 || sets) && (restores || self.cpu().eflags & TF != 0) {
-                    self.cpu_mut().dr[6] |= 1 << 14;
-                    self.deliver(Exception::new(crate::mmu::DB));
+                let traced = traced != 0 && (restores || self.cpu().eflags & TF != 0);
+                let sequential = self.cpu().rip == insn.next_ip();
+                if let Some(e) = self.due(traced, sequential) {
+                    self.deliver(e);
                     return Ok(false);
                 }
                 Ok(flow == Flow::Next)
@@ -657,7 +716,7 @@ impl Vcpu {
             Err(Trap::Fault(e)) => {
                 self.answers.clear();
                 self.outbox.truncate(out);
-                self.cpu_mut().shadow = 0;
+                self.met = 0;
                 self.deliver(e.settle(insn));
                 Ok(false)
             }
@@ -792,6 +851,10 @@ impl Vcpu {
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
             }
+            let lines = if self.gate.load(Ordering::Acquire) { u64::MAX } else { !(1 << 20) };
+            if std::mem::replace(&mut self.lines, lines) != lines {
+                self.flush_tlb_all();
+            }
             if self.chips.starting(self.index) && !self.start_up() {
                 self.sleep(None);
                 continue;
@@ -804,7 +867,8 @@ impl Vcpu {
             }
             self.arm();
             self.cpu_mut().irq_waiting = 0;
-            if self.cpu().nmi_blocked == 0 && self.chips.take_nmi(self.index) {
+            let c = self.cpu();
+            if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
                 // Others may wait behind it.
@@ -922,7 +986,7 @@ extern "C" fn fill(v: &mut Vcpu, va: u64, info: u32) -> u64 {
 
 extern "C" fn lookup(v: &mut Vcpu, rip: u64) -> u64 {
     guarded(v, 0, |v| {
-        if v.cpu().eflags & TF != 0 {
+        if v.cpu().eflags & (TF | RF) != 0 {
             return 0;
         }
         let started = v.times.find.start();
@@ -965,8 +1029,7 @@ fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
         }
         Filled::Retry => 1,
         Filled::Fault(e) => {
-            // Frames of other modes are rarer, and built with allocations.
-            if !v.cpu().long_mode() || v.cpu().eflags & TF != 0 {
+            if v.cpu().eflags & TF != 0 {
                 return 0;
             }
             v.locate_rip();
@@ -1001,19 +1064,23 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
         fence(Ordering::SeqCst);
     }
     match done {
-        Ok(Flow::Next) => {
+        Ok(Flow::Next) if v.met == 0 => {
             v.cpu_mut().rip = insn.next_ip();
             0
         }
-        Ok(Flow::Jump) => {
-            // SYSRET that sets TF traps before anything else runs.
-            if v.cpu().eflags & TF != 0 && matches!(insn.mnemonic(), M::Sysret | M::Sysretq) {
-                v.cpu_mut().dr[6] |= 1 << 14;
-                v.deliver(Exception::new(crate::mmu::DB));
+        Ok(flow) => {
+            if flow == Flow::Next {
+                v.cpu_mut().rip = insn.next_ip();
+            }
+            if v.met != 0 {
+                if let Some(e) = v.due(false, false) {
+                    v.deliver(e);
+                }
             }
             go_on(v)
         }
         Err(Trap::Fault(e)) => {
+            v.met = 0;
             v.deliver(e.settle(insn));
             go_on(v)
         }
@@ -1030,7 +1097,8 @@ fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
     let failed = v.fatal.is_some() || v.deferred.is_some();
     let c = v.cpu_mut();
-    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & TF != 0 || failed {
+    let pending = c.pending.load(Ordering::Relaxed) != 0;
+    if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & (TF | RF) != 0 || c.shadow != 0 || pending || failed {
         c.exit = exit::EVENT;
         return 1;
     }

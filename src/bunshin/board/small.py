@@ -3,6 +3,7 @@
     ports          device            gsi
     0x60 0x64      i8042 (reset)
     0x70 0x71      RTC               8
+    0x92           A20 gate, reset
     0x3F8..0x3FF   COM1              4
     0x505          pvpanic
     0x600..0x60F   ACPI PM, reset    9, level, active high
@@ -21,6 +22,7 @@ from ..clock import Clock
 from ..devices import Device
 from ..devices.acpi_pm import LENGTH, RESET_OFFSET, RESET_VALUE, SLP_TYP_S5, AcpiPm
 from ..devices.i8042 import I8042
+from ..devices.port92 import Port92
 from ..devices.pvpanic import Pvpanic
 from ..devices.rtc import CENTURY, Rtc
 from ..devices.serial import Serial
@@ -29,6 +31,7 @@ from ..irq import IrqLines
 
 COM1, COM1_GSI = 0x3F8, 4
 RTC, RTC_GSI = 0x70, 8
+PORT92 = 0x92
 PVPANIC = 0x505
 PM, SCI = 0x600, 9
 GSIS = 24
@@ -39,7 +42,7 @@ class SmallBoard:
     """The devices, wired.
 
     Attributes:
-        com1, rtc, i8042, pm, pvpanic: the devices.
+        com1, rtc, i8042, port92, pm, pvpanic: the devices.
     """
 
     def __init__(
@@ -49,16 +52,23 @@ class SmallBoard:
         clock: Clock,
         output: Callable[[bytes], object],
         ended: Callable[[str, str], object],
+        gate_a20: Callable[[bool], object] = lambda open_: None,
     ) -> None:
         """Build and wire the devices.
 
         `output` takes what COM1 sends; `ended(kind, detail)` is told when the guest
-        turns itself off, resets itself or panics.
+        turns itself off, resets itself or panics; `gate_a20` opens and closes the A20
+        gate of the processors.
         """
         self.com1 = Serial(lines.line(COM1_GSI), output)
         self.com1.name = "com1"
         self.rtc = Rtc(lines.line(RTC_GSI), clock)
-        self.i8042 = I8042(lambda: ended("reset", "the guest pulled the keyboard controller's reset line"))
+        self.port92 = Port92(gate_a20, lambda: ended("reset", "the guest reset itself by port 0x92"))
+        self.i8042 = I8042(
+            lambda: ended("reset", "the guest pulled the keyboard controller's reset line"),
+            self.port92.a20,
+            lambda: self.port92.state.a20,
+        )
         self.pm = AcpiPm(
             lines.line(SCI),
             clock,
@@ -69,13 +79,14 @@ class SmallBoard:
         bus.add_ports(0x60, 1, self.i8042.data)
         bus.add_ports(0x64, 1, self.i8042.command)
         bus.add_ports(RTC, 2, self.rtc)
+        bus.add_ports(PORT92, 1, self.port92)
         bus.add_ports(COM1, 8, self.com1)
         bus.add_ports(PVPANIC, 1, self.pvpanic)
         bus.add_ports(PM, LENGTH, self.pm)
 
     def devices(self) -> list[Device]:
         """Every device that has a state, in a fixed order."""
-        return [self.com1, self.rtc, self.i8042, self.pm]
+        return [self.com1, self.rtc, self.i8042, self.port92, self.pm]
 
     def firmware(self, cpus: int) -> tuple[int, bytes]:
         """The ACPI tables as `(gpa, bytes)`; the RSDP comes first."""

@@ -19,7 +19,8 @@ def load(
 
     `ranges` is RAM as (gpa, length), `firmware` is (gpa, tables), `put` copies bytes
     to a gpa. With `boot="auto"` a kernel with a PVH entry is unpacked on the host and
-    entered there; others are entered by the 64-bit Linux protocol.
+    entered there; others are entered by Linux's protocol for their bits, 32-bit ones
+    unpacked on the host as well.
 
     Raises:
         ImageError: a file that cannot be read or is not what it should be.
@@ -31,11 +32,15 @@ def load(
     gpa, tables = firmware
     put(gpa, tables)
     where = (gpa, len(tables) + 0xFFF & ~0xFFF)
-    if config.boot != "linux64":
-        pvh_kernel = _pvh(kernel, required=config.boot == "pvh")
-        if pvh_kernel is not None:
-            return pvh.load(pvh_kernel, initrd, config.append, ranges, where, put)
-    return linux.load(kernel, initrd, config.append, ranges, where, put)
+    if config.boot in {"auto", "pvh"}:
+        unpacked = _unpacked(kernel, required=config.boot == "pvh")
+        if unpacked is not None and unpacked.pvh_entry is not None:
+            return pvh.load(unpacked, initrd, config.append, ranges, where, put)
+        if unpacked is not None and unpacked.bits == 32:
+            kernel = unpacked
+    wide = kernel.entry_64 if isinstance(kernel, BzImage) else kernel.bits == 64
+    bits = {"linux64": 64, "linux32": 32}.get(config.boot, 64 if wide else 32)
+    return linux.load(kernel, initrd, config.append, ranges, where, put, bits)
 
 
 def _read_initrd(path: str, low_end: int) -> Data:
@@ -49,17 +54,17 @@ def _read_initrd(path: str, low_end: int) -> Data:
         ) from None
 
 
-def _pvh(kernel: BzImage | Vmlinux, required: bool) -> Vmlinux | None:
-    """The kernel to enter by PVH; None when it has no such entry and need not have."""
+def _unpacked(kernel: BzImage | Vmlinux, required: bool) -> Vmlinux | None:
+    """The kernel as it lies in memory, with a PVH entry if that is required; None when
+    it can only unpack itself.
+    """
     if isinstance(kernel, Vmlinux):
         vmlinux = kernel
-    elif kernel.packing == "lzo" and kernel.entry_64 and not required:
-        # The one compression of Linux that we cannot unpack; the guest can.
+    elif kernel.packing in {"lzo", "absent"} and not required:
+        # LZO is the one compression of Linux that we cannot unpack; the guest can.
         return None
     else:
         vmlinux = kernel.vmlinux()
-    if vmlinux.pvh_entry is None:
-        if required:
-            raise ImageError("kernel-no-pvh", f"kernel {kernel.path}: has no PVH entry note")
-        return None
+    if vmlinux.pvh_entry is None and required:
+        raise ImageError("kernel-no-pvh", f"kernel {kernel.path}: has no PVH entry note")
     return vmlinux

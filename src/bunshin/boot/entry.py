@@ -32,6 +32,8 @@ CR0_PE, CR0_ET, CR0_NE, CR0_WP, CR0_PG = 1 << 0, 1 << 4, 1 << 5, 1 << 16, 1 << 3
 CR4_PAE = 1 << 5
 EFER, EFER_LME, EFER_LMA = 0xC000_0080, 1 << 8, 1 << 10
 CODE32, CODE64, DATA, TSS = 0x08, 0x10, 0x18, 0x20
+BOOT_CODE = 0x10
+"""__BOOT_CS of Linux's 32-bit protocol, which has __BOOT_DS at DATA."""
 _ACCESS_CODE32, _ACCESS_CODE64, _ACCESS_DATA, _ACCESS_TSS = 0xC09B, 0xA09B, 0xC093, 0x008B
 _UNUSABLE = 1 << 16
 
@@ -41,12 +43,20 @@ CpuState = dict[str, Any]
 
 def gdt() -> bytes:
     """Null, 32-bit code, 64-bit code, data, TSS: what the selectors above name."""
+    return _gdt(_ACCESS_CODE64)
 
+
+def linux_gdt32() -> bytes:
+    """As `gdt`, with 32-bit code at BOOT_CODE too."""
+    return _gdt(_ACCESS_CODE32)
+
+
+def _gdt(third: int) -> bytes:
     def flat(access: int) -> int:
         return 0xFFFF | (access & 0xFF) << 40 | 0xF << 48 | (access >> 12) << 52
 
     tss = 0x67 | _ACCESS_TSS << 40
-    return pack("<6Q", 0, flat(_ACCESS_CODE32), flat(_ACCESS_CODE64), flat(_ACCESS_DATA), tss, 0)
+    return pack("<6Q", 0, flat(_ACCESS_CODE32), flat(third), flat(_ACCESS_DATA), tss, 0)
 
 
 def _state(code: int, code_access: int) -> CpuState:
@@ -81,9 +91,9 @@ def _state(code: int, code_access: int) -> CpuState:
     }
 
 
-def protected_mode(rip: int) -> CpuState:
-    """32-bit protected mode, flat segments, paging off."""
-    state = _state(CODE32, _ACCESS_CODE32)
+def protected_mode(rip: int, code: int = CODE32) -> CpuState:
+    """32-bit protected mode, flat segments, paging off; `code` selects a 32-bit segment."""
+    state = _state(code, _ACCESS_CODE32)
     state["rip"] = rip
     return state
 

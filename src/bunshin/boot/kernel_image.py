@@ -92,7 +92,11 @@ class BzImage:
 
     @property
     def packing(self) -> str:
-        """How the payload is compressed: `lz4`, `gzip`, ..., `lzo`, `none` or `unknown`."""
+        """How the payload is compressed: `lz4`, `gzip`, ..., `lzo`, `none` or `unknown`;
+        `absent` when there is none, as in programs that only look like a kernel.
+        """
+        if not self.payload:
+            return "absent"
         return _packing(bytes(self.payload[:6]))[0]
 
     def vmlinux(self) -> Vmlinux:
@@ -164,7 +168,7 @@ def parse_bzimage(data: Data, path: str) -> BzImage:
     payload_at = code_at + offset
     if code_at >= len(data):
         raise _bad(path, f"the protected-mode part at {code_at:#x} is past the end {len(data):#x}")
-    if payload_at + length > len(data) or length < 8:
+    if payload_at + length > len(data) or 0 < length < 8:
         raise _bad(
             path,
             f"the compressed kernel at {payload_at:#x}..{payload_at + length:#x} does not fit the "

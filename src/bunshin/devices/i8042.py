@@ -7,15 +7,15 @@
 
 Commands: 0x20 read command byte, 0x60 write it, 0xAA self test (answers 0x55),
 0xA7 A8 AD AE disable and enable a port, 0xA9 AB test a port (answers 0), 0xD0 read
-output port, 0xD1 write it (bit 0 low resets), 0xF0..0xFF pulse output lines (bit 0
-low resets: 0xFE).
+output port, 0xD1 write it (bit 0 low resets, bit 1 is the A20 gate), 0xDD DF close and
+open the gate, 0xF0..0xFF pulse output lines (bit 0 low resets: 0xFE).
 
 Spec: Intel 8042 as in the IBM PC/AT Technical Reference (1984), section 1,
-"Keyboard Controller". Not modelled: keyboard, mouse, interrupts, password, A20 (it is
-always on). The firmware tables say that there is no keyboard controller, so Linux
-does not look for one and only uses the reset line.
+"Keyboard Controller". Not modelled: keyboard, mouse, interrupts, password. The
+firmware tables say that there is no keyboard controller, so Linux does not look for
+one and only uses the reset line.
 
-Hostile guest: can reset itself, nothing else.
+Hostile guest: can reset itself and close its own A20 gate, nothing else.
 """
 
 from __future__ import annotations
@@ -70,10 +70,19 @@ class I8042(Device):
     name = "i8042"
     state: I8042State
 
-    def __init__(self, reset: Callable[[], object]) -> None:
-        """Wire the controller: `reset` is the processor's reset line."""
+    def __init__(
+        self,
+        reset: Callable[[], object],
+        a20: Callable[[bool], object] = lambda open_: None,
+        a20_open: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Wire the controller: `reset` is the processor's reset line, `a20` moves the A20
+        gate and `a20_open` tells where it stands.
+        """
         self.state = I8042State()
         self._reset = reset
+        self._a20 = a20
+        self._a20_open = a20_open
         self.data = _Port(self, 0)
         self.command = _Port(self, 4)
 
@@ -94,8 +103,10 @@ class I8042(Device):
             s.last_was_command = False
             if s.pending == 0x60:
                 s.command_byte = value
-            elif s.pending == 0xD1 and not value & OUT_RESET:
-                self._reset()
+            elif s.pending == 0xD1:
+                self._a20(bool(value & OUT_A20))
+                if not value & OUT_RESET:
+                    self._reset()
             s.pending = 0
         elif offset == 4:
             s.last_was_command = True
@@ -107,7 +118,9 @@ class I8042(Device):
             elif value in (0xA9, 0xAB):
                 self._answer(0x00)
             elif value == 0xD0:
-                self._answer(OUT_RESET | OUT_A20)
+                self._answer(OUT_RESET | (OUT_A20 if self._a20_open() else 0))
+            elif value in (0xDD, 0xDF):
+                self._a20(value == 0xDF)
             elif value in (0xA7, 0xA8):
                 s.command_byte = s.command_byte & ~0x20 | (0x20 if value == 0xA7 else 0)
             elif value in (0xAD, 0xAE):

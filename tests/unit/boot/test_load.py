@@ -177,8 +177,43 @@ def test_bzimage_without_note_goes_by_linux64(load: Any, elf: Elf) -> None:
     assert load(bzimage(elf(pvh=None)))[0]["rip"] == 0x100_0200
 
 
+def check_protected_mode(state: dict[str, Any], ram: Ram) -> bytes:
+    """Linux boot.rst, 32-bit Boot Protocol: __BOOT_CS 0x10, __BOOT_DS 0x18, flat."""
+    assert (state["cr0"] & 0x8000_0001, state["cr4"], state["rflags"]) == (1, 0, 2)
+    es, cs, ss, ds, *_ = state["segments"]
+    assert (cs["selector"], cs["access"]) == (0x10, 0xC09B)
+    assert {segment["selector"] for segment in (es, ss, ds)} == {0x18}
+    assert (state["gpr"][3], state["gpr"][5], state["gpr"][7]) == (0, 0, 0)
+    return ram.at(state["gpr"][6], 4096)
+
+
+def test_linux32_of_a_vmlinux(load: Any, elf: Elf) -> None:
+    state, ram = load(elf(pvh=None, bits=32), initrd=b"abc")
+    params = check_protected_mode(state, ram)
+    assert state["rip"] == 0x100_0000
+    assert params[0x202:0x206] == b"HdrS"
+    gpa, size = unpack_from("<II", params, 0x218)
+    assert ram.at(gpa, size) == b"abc"
+
+
+def test_linux32_of_a_bzimage(load: Any, elf: Elf) -> None:
+    image = bytearray(bzimage(elf(bits=32), xloadflags=0))
+    state, ram = load(bytes(image), boot_by="linux32")
+    check_protected_mode(state, ram)
+    assert state["rip"] == 0x100_0000
+    image[0xD00:0xD04] = b"\x89LZO"
+    state, ram = load(bytes(image))
+    check_protected_mode(state, ram)
+
+
+def test_a_32_bit_bzimage_without_note_is_unpacked(load: Any, elf: Elf) -> None:
+    state, ram = load(bzimage(elf(pvh=None, bits=32), xloadflags=0))
+    check_protected_mode(state, ram)
+    assert ram.at(0x100_0000, 64) == b"\x90" * 64
+
+
 def test_gdt_matches_the_selectors(load: Any, elf: Elf) -> None:
-    for kernel in (elf(), elf(pvh=None)):
+    for kernel in (elf(), elf(pvh=None), elf(pvh=None, bits=32)):
         state, ram = load(kernel)
         gdt = ram.at(state["gdt"]["base"], state["gdt"]["limit"] + 1)
         for segment in (*state["segments"], state["tr"]):
@@ -190,7 +225,8 @@ def test_gdt_matches_the_selectors(load: Any, elf: Elf) -> None:
     ("options", "kind", "words"),
     [
         ({"pvh": None, "boot_by": "pvh"}, ImageError, "has no PVH entry"),
-        ({"pvh": None, "bits": 32}, ImageError, "32-bit kernel without a PVH entry"),
+        ({"bits": 32, "boot_by": "linux64"}, ImageError, "32-bit kernel, its 64-bit entry"),
+        ({"bits": 64, "boot_by": "linux32"}, ImageError, "64-bit kernel, its 32-bit entry"),
         ({"size": 16 * MIB}, ConfigError, "needs memory up to 17 MiB, the machine has 16"),
         ({"memsz": 100 * MIB}, ConfigError, "needs memory up to 116 MiB"),
         ({"paddr": 0x8000}, ConfigError, "1 MiB or above"),
@@ -230,3 +266,13 @@ def test_an_unknown_packing_is_left_to_the_guest(load: Any, elf: Elf) -> None:
     with pytest.raises(ImageError, match="lzo"):
         load(bytes(image), boot_by="pvh")
     assert pack("<I", 1)
+
+
+def test_a_program_without_a_payload(load: Any, elf: Elf) -> None:
+    """memtest86+ has Linux's header and nothing to unpack."""
+    image = bytearray(bzimage(elf(), xloadflags=0))
+    pack_into("<II", image, 0x248, 0, 0)
+    state, ram = load(bytes(image))
+    check_protected_mode(state, ram)
+    with pytest.raises(ImageError):
+        load(bytes(image), boot_by="pvh")

@@ -9,7 +9,8 @@ from bunshin.errors import StateError
 class Chip(I8042):
     def __init__(self) -> None:
         self.resets: list[None] = []
-        super().__init__(lambda: self.resets.append(None))
+        self.gate: list[bool] = [True]
+        super().__init__(lambda: self.resets.append(None), self.gate.append, lambda: self.gate[-1])
 
     def order(self, command: int) -> int | None:
         self.command.write(0, 1, command)
@@ -70,3 +71,16 @@ def test_state() -> None:
     packed["fields"]["output"] = 256
     with pytest.raises(StateError):
         other.load(packed)
+
+
+def test_the_a20_gate() -> None:
+    chip = Chip()
+    chip.order(0xD1)
+    chip.data.write(0, 1, 0x01)
+    assert chip.gate == [True, False]
+    assert chip.order(0xD0) == 0x01
+    chip.order(0xDF)
+    assert chip.order(0xD0) == 0x03
+    chip.order(0xDD)
+    assert chip.gate == [True, False, True, False]
+    assert chip.resets == []

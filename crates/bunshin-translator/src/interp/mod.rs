@@ -4,15 +4,22 @@
 //! A helper runs on the saved state (`Cpu`). It must change nothing before the
 //! last thing that can fail, because the instruction starts again after a
 //! fault or after the owner's answer.
+pub mod address;
 pub mod control;
+pub mod debug;
+pub mod event;
+pub mod far;
+pub mod fast;
+pub mod fpu;
 pub mod port;
 pub mod segment;
 pub mod stack;
 pub mod string;
 pub mod system;
+pub mod task;
 
 use crate::insn::gpr_number;
-use crate::mmu::{canonical, ud, Exception, Kind, Trap, Who};
+use crate::mmu::{ud, Kind, Trap, Who};
 use crate::vcpu::{mode, Vcpu};
 use bunshin_core::Exit;
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
@@ -69,19 +76,24 @@ fn special_register(i: &Instruction) -> bool {
 
 /// True if the instruction is not translated but performed by `helper`.
 pub fn wants_helper(i: &Instruction, m: u32) -> bool {
-    let user = m & mode::USER != 0;
+    let user = m & (mode::USER | mode::MIDDLE) != 0;
     let bits = mode::bits(m);
+    // The stack is not what PUSH and POP are translated for.
+    let careful = bits == 16 || m & mode::LIMITED != 0;
     match i.mnemonic() {
         M::Mov => is_sreg(i) || special_register(i),
-        M::Push => is_sreg(i) || bits == 16,
-        M::Pop => is_sreg(i) || i.op0_kind() == OpKind::Memory || bits == 16,
-        M::Leave => bits == 16 || i.code() == Code::Leavew,
+        M::Push => is_sreg(i) || careful,
+        M::Pop => is_sreg(i) || i.op0_kind() == OpKind::Memory || careful,
+        M::Leave => careful || i.code() == Code::Leavew,
         M::Cli | M::Sti | M::Stac | M::Clac | M::Swapgs => user,
         M::Rdtsc => user && m & mode::TSD != 0,
         M::Rdfsbase | M::Rdgsbase => m & mode::NO_FSGSBASE != 0,
         M::Wrfsbase | M::Wrgsbase => true,
+        // Its target is known, and whether that is inside the code segment.
+        M::Jmp if matches!(i.code(), Code::Jmp_rel8_16 | Code::Jmp_rel16) => bits == 64,
         M::Call | M::Jmp | M::Ret | M::Retf => {
-            bits == 16
+            careful
+                || m & mode::CODE_LIMITED != 0
                 || !matches!(
                     i.code(),
                     Code::Call_rel32_64
@@ -297,8 +309,6 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
         | M::Wrussq
         | M::Setssbsy
         | M::Clrssbsy => true,
-        // The one-byte forms are REX prefixes in 64-bit code.
-        M::Inc | M::Dec => matches!(i.code(), Code::Inc_r16 | Code::Inc_r32 | Code::Dec_r16 | Code::Dec_r32),
         _ => false,
     }
 }
@@ -369,8 +379,12 @@ pub fn helper(i: &Instruction) -> Helper {
     let outside = |run| Helper { run, outside: true };
     match i.mnemonic() {
         M::Mov if special_register(i) => {
-            let cr8 = i.op0_register() == Register::CR8 || i.op1_register() == Register::CR8;
-            Helper { run: system::mov_special, outside: cr8 }
+            let is = |r: fn(Register) -> bool| r(i.op0_register()) || r(i.op1_register());
+            if is(|r| r.is_dr()) {
+                return outside(debug::mov);
+            }
+            // CR8 belongs to a chip; what CR4 changes may drop translations.
+            Helper { run: system::mov_special, outside: is(|r| matches!(r, Register::CR8 | Register::CR4)) }
         }
         M::Mov if is_sreg(i) => inside(segment::mov),
         M::Push if is_sreg(i) => inside(segment::push),
@@ -389,12 +403,12 @@ pub fn helper(i: &Instruction) -> Helper {
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => inside(system::fsgsbase),
         M::Call | M::Jmp | M::Ret | M::Retf => inside(control::transfer),
         M::Loop | M::Loope | M::Loopne | M::Jcxz | M::Jecxz | M::Jrcxz => inside(control::counted),
-        M::Iret | M::Iretd | M::Iretq => inside(control::iret),
+        M::Iret | M::Iretd | M::Iretq => inside(far::iret),
         M::Int | M::Int1 | M::Int3 | M::Into => inside(control::int),
-        M::Syscall => inside(control::syscall),
-        M::Sysret | M::Sysretq => inside(control::sysret),
-        M::Sysenter => inside(control::sysenter),
-        M::Sysexit | M::Sysexitq => inside(control::sysexit),
+        M::Syscall => inside(fast::syscall),
+        M::Sysret | M::Sysretq => inside(fast::sysret),
+        M::Sysenter => inside(fast::sysenter),
+        M::Sysexit | M::Sysexitq => inside(fast::sysexit),
         M::Movsb
         | M::Movsw
         | M::Movsq
@@ -517,75 +531,6 @@ impl Vcpu {
         };
     }
 
-    pub fn segment_index(r: Register) -> usize {
-        match r {
-            Register::ES => 0,
-            Register::CS => 1,
-            Register::SS => 2,
-            Register::FS => 4,
-            Register::GS => 5,
-            _ => 3,
-        }
-    }
-
-    /// Base that a segment adds in the current mode.
-    pub fn base_of(&self, seg: usize) -> u64 {
-        let c = self.cpu();
-        match seg {
-            4 | 5 => c.seg_base[seg],
-            _ if c.code64() => 0,
-            _ => c.seg[seg].base,
-        }
-    }
-
-    /// Linear address of offset `off` in segment `seg`.
-    pub fn linear(&self, seg: usize, off: u64) -> u64 {
-        let v = self.base_of(seg).wrapping_add(off);
-        if self.cpu().code64() {
-            v
-        } else {
-            v & 0xffff_ffff
-        }
-    }
-
-    /// Linear address of the explicit memory operand.
-    pub fn operand_address(&self, i: &Instruction) -> u64 {
-        self.operand_behind(i, 0)
-    }
-
-    /// Linear address `extra` bytes behind that of the explicit memory operand.
-    pub fn operand_behind(&self, i: &Instruction, extra: u64) -> u64 {
-        let value = |r: Register| if r.is_gpr() { self.reg(r) } else { 0 };
-        let scaled = value(i.memory_index()).wrapping_mul(u64::from(i.memory_index_scale()));
-        let off = i
-            .memory_displacement64()
-            .wrapping_add(value(i.memory_base()))
-            .wrapping_add(scaled)
-            .wrapping_add(extra);
-        let off = match address_size(i) {
-            2 => off & 0xffff,
-            4 => off & 0xffff_ffff,
-            _ => off,
-        };
-        let off = if self.cpu().code64() { off } else { off & 0xffff_ffff };
-        self.linear(Self::segment_index(i.memory_segment()), off)
-    }
-
-    /// An operand that runs into the non-canonical hole, or out of a segment
-    /// that spans all, faults before its pages do.
-    pub fn check_end(&self, va: u64, length: usize) -> Result<(), Trap> {
-        let last = va.wrapping_add(length as u64).wrapping_sub(1);
-        let out = if self.cpu().code64() {
-            !canonical(last)
-        } else {
-            self.mode() & mode::BASED == 0 && last >> 32 != 0
-        };
-        if out {
-            return Err(Exception::not_canonical(last).into());
-        }
-        Ok(())
-    }
-
     /// Read guest memory as `who`.
     pub fn read_as(&mut self, va: u64, into: &mut [u8], who: Who) -> Result<(), Trap> {
         if (va & 0xfff) as usize + into.len() > 4096 {
@@ -681,8 +626,8 @@ impl Vcpu {
         match i.op_kind(n) {
             OpKind::Register => Ok(self.reg(i.op_register(n))),
             OpKind::Memory => {
-                let va = self.operand_address(i);
                 let size = i.memory_size().size().clamp(1, 8);
+                let va = self.operand_at(i, 0, size, Kind::Read)?;
                 let who = self.data_access();
                 self.load(va, size, who)
             }
@@ -695,7 +640,7 @@ impl Vcpu {
             self.set_reg(i.op_register(n), v);
             return Ok(());
         }
-        let va = self.operand_address(i);
+        let va = self.operand_at(i, 0, size, Kind::Write)?;
         let who = self.data_access();
         self.store(va, size, v, who)
     }

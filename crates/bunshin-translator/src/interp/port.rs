@@ -1,6 +1,6 @@
 //! IN, OUT and their string forms.
 use super::{Done, Flow};
-use crate::mmu::{Exception, Trap, Who};
+use crate::mmu::{Exception, Kind, Trap, Who};
 use crate::vcpu::Vcpu;
 use bunshin_core::chips::Chips;
 use bunshin_core::Exit;
@@ -72,6 +72,7 @@ pub fn port(v: &mut Vcpu, i: &Instruction) -> Done {
         _ => v.reg(Register::DX) as u16,
     };
     v.allow_port(port, size)?;
+    v.note_port(port, size);
     match i.mnemonic() {
         M::In => {
             let x = v.port_read(port, size, 1)?;
@@ -110,21 +111,22 @@ fn string(v: &mut Vcpu, i: &Instruction, port: u16, size: usize) -> Done {
     let count = left.min(BULK);
     let who = v.data_access();
     let start = v.reg(reg);
-    let at = |v: &Vcpu, n: u64| v.linear(seg, start.wrapping_add(step.wrapping_mul(n)) & mask);
+    let offset = |n: u64| start.wrapping_add(step.wrapping_mul(n)) & mask;
     let mut done = 0;
     let mut failed = None;
     if input {
         // Check the first element's page before anything is taken from the device.
-        let first = at(v, 0);
-        v.access(first, 1, crate::mmu::Kind::Write, who)?;
+        v.check_segment(seg, start & mask, size, Kind::Write)?;
+        let first = v.linear(seg, start & mask);
+        v.access(first, 1, Kind::Write, who)?;
         let chip = Chips::owns_port(port);
         // Never take more than can be stored: stop at the end of the page.
         let room = if down { 1 } else { ((4096 - (first & 0xfff)) / size as u64).max(1) };
         let count = if chip { 1 } else { count.min(room) };
         while done < count {
             let x = v.port_read(port, size, (count - done) as u32)?;
-            let va = at(v, done);
-            if let Err(e) = v.store(va, size, x, who) {
+            let va = v.segment_at(seg, offset(done), size, Kind::Write);
+            if let Err(e) = va.and_then(|va| v.store(va, size, x, who)) {
                 failed = Some(e);
                 break;
             }
@@ -133,8 +135,8 @@ fn string(v: &mut Vcpu, i: &Instruction, port: u16, size: usize) -> Done {
     } else {
         let mut data = Vec::with_capacity(size * count as usize);
         while done < count {
-            let va = at(v, done);
-            match v.load(va, size, who) {
+            let va = v.segment_at(seg, offset(done), size, Kind::Read);
+            match va.and_then(|va| v.load(va, size, who)) {
                 Ok(x) => data.extend_from_slice(&x.to_le_bytes()[..size]),
                 Err(e) => {
                     failed = Some(e);

@@ -1,8 +1,8 @@
 //! Segment registers, descriptor tables, and the instructions that inspect them.
 //! SDM volume 3, chapters 3 and 5.
 use super::{Done, Flow};
-use crate::cpu::Seg;
-use crate::mmu::{ud, Exception, Trap, Who, GP, NP, SS};
+use crate::cpu::{Seg, VM};
+use crate::mmu::{ud, Exception, Kind, Trap, Who, GP, NP, SS};
 use crate::vcpu::Vcpu;
 use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
 
@@ -84,18 +84,26 @@ impl Vcpu {
         Ok(())
     }
 
-    pub fn real_mode(&self) -> bool {
-        self.cpu().cr0 & 1 == 0 || self.cpu().eflags & crate::cpu::VM != 0
+    /// Load a segment register in real-address or virtual-8086 mode. The former keeps
+    /// limit and rights, which makes big real mode.
+    pub fn put_real(&mut self, n: usize, selector: u16) {
+        let mut s = self.cpu().seg[n];
+        if self.cpu().eflags & VM != 0 {
+            (s.limit, s.access) = (0xffff, 0xf3);
+        } else if s.unusable() {
+            (s.limit, s.access) = (0xffff, 0x93);
+        } else if n == 1 {
+            // Code may be written, at level 0.
+            s.access = s.access & !0x7f | 0x13;
+        }
+        (s.selector, s.base) = (selector, u64::from(selector) << 4);
+        self.put_segment(n, s);
     }
 
     /// Load ES, SS, DS, FS or GS.
     pub fn load_segment(&mut self, n: usize, selector: u16) -> Result<(), Trap> {
         if self.real_mode() {
-            let s = &mut self.cpu_mut().seg[n];
-            s.selector = selector;
-            s.base = u64::from(selector) << 4;
-            let base = s.base;
-            self.cpu_mut().seg_base[n] = base;
+            self.put_real(n, selector);
             return Ok(());
         }
         let cpl = self.cpu().cpl;
@@ -105,14 +113,15 @@ impl Vcpu {
             if !ok {
                 return Err(Exception::gp().into());
             }
-            let c = self.cpu_mut();
-            c.seg[n] = Seg {
-                selector,
-                access: 0x1_0000 | if n == 2 { u32::from(cpl) << 5 } else { 0 },
-                ..Seg::default()
-            };
             // AMD keeps the base of a null FS or GS, Intel clears it; cleared here.
-            c.seg_base[n] = 0;
+            self.put_segment(
+                n,
+                Seg {
+                    selector,
+                    access: 0x1_0000 | if n == 2 { u32::from(cpl) << 5 } else { 0 },
+                    ..Seg::default()
+                },
+            );
             return Ok(());
         }
         let (d, va) = self.descriptor(selector, GP)?;
@@ -132,9 +141,7 @@ impl Vcpu {
         self.mark_accessed(d, va)?;
         let mut s = d.seg(selector);
         s.access |= 1;
-        let c = self.cpu_mut();
-        c.seg[n] = s;
-        c.seg_base[n] = s.base;
+        self.put_segment(n, s);
         Ok(())
     }
 }
@@ -148,6 +155,7 @@ pub fn mov(v: &mut Vcpu, i: &Instruction) -> Done {
         let sel = v.operand(i, 1)? as u16;
         v.load_segment(n, sel)?;
         v.after_segment_load();
+        v.shade(n);
         v.cpu_mut().rip = i.next_ip();
         return Ok(Flow::Jump);
     }
@@ -168,9 +176,12 @@ pub fn pop(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = Vcpu::segment_index(i.op0_register());
     let size = i.stack_pointer_increment().unsigned_abs() as usize;
     let sel = v.peek(0, size)? as u16;
+    // POP SS moves the old stack's pointer.
+    let mask = v.stack_mask();
     v.load_segment(n, sel)?;
-    v.drop_stack(size as u64);
+    v.drop_stack_by(size as u64, mask);
     v.after_segment_load();
+    v.shade(n);
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
 }
@@ -178,7 +189,7 @@ pub fn pop(v: &mut Vcpu, i: &Instruction) -> Done {
 /// LDS and its kin.
 pub fn load_far(v: &mut Vcpu, i: &Instruction) -> Done {
     let size = i.op0_register().size();
-    let va = v.operand_address(i);
+    let va = v.operand_at(i, 0, size + 2, Kind::Read)?;
     let who = v.data_access();
     let off = v.load(va, size, who)?;
     let sel = v.load(va.wrapping_add(size as u64), 2, who)? as u16;
@@ -198,10 +209,10 @@ pub fn load_far(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn load_table(v: &mut Vcpu, i: &Instruction) -> Done {
     v.supervisor()?;
-    let va = v.operand_address(i);
+    let long = v.cpu().code64();
+    let va = v.operand_at(i, 0, if long { 10 } else { 6 }, Kind::Read)?;
     let who = v.data_access();
     let limit = v.load(va, 2, who)? as u32;
-    let long = v.cpu().code64();
     let base = v.load(va.wrapping_add(2), if long { 8 } else { 4 }, who)?;
     if long && !crate::mmu::canonical(base) {
         return Err(Exception::gp().into());
@@ -225,7 +236,7 @@ pub fn store_table(v: &mut Vcpu, i: &Instruction) -> Done {
     let mut b = [0; 10];
     b[..2].copy_from_slice(&(limit as u16).to_le_bytes());
     b[2..].copy_from_slice(&base.to_le_bytes());
-    let va = v.operand_address(i);
+    let va = v.operand_at(i, 0, n, Kind::Write)?;
     let who = v.data_access();
     v.write_as(va, &b[..n], who)?;
     Ok(Flow::Next)
@@ -233,6 +244,9 @@ pub fn store_table(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// LLDT, LTR.
 pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
+    if v.real_mode() {
+        return Err(ud());
+    }
     v.supervisor()?;
     let sel = v.operand(i, 0)? as u16;
     let ldt = i.mnemonic() == M::Lldt;
@@ -264,6 +278,9 @@ pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
             return Err(fault(GP, sel));
         }
         s.base |= upper << 32;
+        if !crate::mmu::canonical(s.base) {
+            return Err(fault(GP, sel));
+        }
     }
     if ldt {
         v.cpu_mut().ldt = s;
@@ -277,6 +294,9 @@ pub fn load_system(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// SLDT, STR, SMSW.
 pub fn store_system(v: &mut Vcpu, i: &Instruction) -> Done {
+    if v.real_mode() && i.mnemonic() != M::Smsw {
+        return Err(ud());
+    }
     v.umip()?;
     let c = v.cpu();
     let value = match i.mnemonic() {
@@ -373,6 +393,14 @@ impl Vcpu {
             return Err(Exception::gp().into());
         }
         Ok(())
+    }
+
+    /// Nothing interrupts between a load of SS and the instruction after it. A second
+    /// load of SS has no such effect.
+    fn shade(&mut self, n: usize) {
+        if n == 2 {
+            self.cpu_mut().shadow = super::debug::AFTER_SS;
+        }
     }
 
     /// Translations may depend on the bases of DS, ES and SS.

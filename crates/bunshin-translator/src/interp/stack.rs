@@ -1,7 +1,7 @@
 //! Stack instructions that are not translated, and old oddities.
 use super::{Done, Flow};
 use crate::cpu::*;
-use crate::mmu::{Exception, Trap, Who, DE};
+use crate::mmu::{Exception, Kind, Trap, Who, DE};
 use crate::vcpu::Vcpu;
 use iced_x86::{Code, Instruction, Mnemonic as M, OpKind};
 
@@ -18,8 +18,9 @@ impl Vcpu {
         }
     }
 
-    fn stack_at(&self, sp: u64) -> u64 {
-        self.linear(2, sp & self.stack_mask())
+    /// Linear address of `size` bytes on the stack; #SS(0) where its segment ends.
+    pub fn stack_at(&self, sp: u64, size: usize, kind: Kind) -> Result<u64, Trap> {
+        self.segment_at(2, sp & self.stack_mask(), size, kind)
     }
 
     fn set_sp(&mut self, sp: u64) {
@@ -31,7 +32,7 @@ impl Vcpu {
     /// Push `size` bytes.
     pub fn push(&mut self, size: usize, value: u64) -> Result<(), Trap> {
         let sp = self.cpu().gpr[4].wrapping_sub(size as u64);
-        let va = self.stack_at(sp);
+        let va = self.stack_at(sp, size, Kind::Write)?;
         let who = self.data_access();
         self.store(va, size, value, who).map_err(Trap::on_stack)?;
         self.set_sp(sp);
@@ -40,7 +41,7 @@ impl Vcpu {
 
     /// Value `offset` bytes above the top.
     pub fn peek(&mut self, offset: u64, size: usize) -> Result<u64, Trap> {
-        let va = self.stack_at(self.cpu().gpr[4].wrapping_add(offset));
+        let va = self.stack_at(self.cpu().gpr[4].wrapping_add(offset), size, Kind::Read)?;
         let who = self.data_access();
         self.load(va, size, who).map_err(Trap::on_stack)
     }
@@ -51,8 +52,20 @@ impl Vcpu {
         self.set_sp(sp);
     }
 
+    /// The same in a stack of size `mask`.
+    pub fn drop_stack_by(&mut self, by: u64, mask: u64) {
+        let sp = self.cpu().gpr[4];
+        self.move_stack_by(sp, mask, by);
+    }
+
     pub fn set_stack(&mut self, sp: u64) {
         self.set_sp(sp);
+    }
+
+    /// The stack pointer was `sp` and moves up, in a stack of size `mask`.
+    pub fn move_stack_by(&mut self, sp: u64, mask: u64, by: u64) {
+        let up = sp.wrapping_add(by) & mask;
+        self.cpu_mut().gpr[4] = if mask == 0xffff { (sp & !mask) | up } else { up };
     }
 }
 
@@ -90,7 +103,7 @@ pub fn leave(v: &mut Vcpu, i: &Instruction) -> Done {
         _ => 8,
     };
     let bp = v.cpu().gpr[5];
-    let va = v.linear(2, bp & v.stack_mask());
+    let va = v.stack_at(bp, n, Kind::Read)?;
     let who = v.data_access();
     let value = v.load(va, n, who).map_err(Trap::on_stack)?;
     v.set_stack(bp.wrapping_add(n as u64));
@@ -131,7 +144,7 @@ pub fn enter(v: &mut Vcpu, i: &Instruction) -> Done {
         let mut bp = bp0;
         for _ in 1..level {
             bp = bp.wrapping_sub(n as u64);
-            let va = v.linear(2, bp & v.stack_mask());
+            let va = v.stack_at(bp, n, Kind::Read)?;
             let who = v.data_access();
             let x = v.load(va, n, who).map_err(Trap::on_stack)?;
             v.push(n, x)?;
@@ -141,9 +154,9 @@ pub fn enter(v: &mut Vcpu, i: &Instruction) -> Done {
         }
         v.drop_stack(alloc.wrapping_neg());
         // The processor checks that the new top can be written.
-        let va = v.linear(2, v.cpu().gpr[4] & v.stack_mask());
+        let va = v.stack_at(v.cpu().gpr[4], 1, Kind::Write)?;
         let who = v.data_access();
-        v.access(va, 1, crate::mmu::Kind::Write, who).map_err(Exception::on_stack)?;
+        v.access(va, 1, Kind::Write, who).map_err(Exception::on_stack)?;
         let g = &mut v.cpu_mut().gpr[5];
         *g = if n == 2 { (*g & !0xffff) | (frame & 0xffff) } else { frame };
         Ok(Flow::Next)
@@ -185,33 +198,66 @@ pub fn popa(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn pushf(v: &mut Vcpu, i: &Instruction) -> Done {
     let c = v.cpu();
+    let n = size(i);
+    let mut f = c.rflags() & !(RF | VM);
     if c.eflags & VM != 0 && c.iopl() < 3 {
-        return Err(Exception::gp().into());
+        if c.cr4 & CR4_VME == 0 || n != 2 {
+            return Err(Exception::gp().into());
+        }
+        f = (f & !IF) | IOPL | if f & VIF != 0 { IF } else { 0 };
     }
-    let f = c.rflags() & !(RF | VM);
-    v.push(size(i), f)?;
+    v.push(n, f)?;
     Ok(Flow::Next)
 }
 
 pub fn popf(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = size(i);
-    if v.cpu().eflags & VM != 0 && v.cpu().iopl() < 3 {
-        return Err(Exception::gp().into());
-    }
     let new = v.peek(0, n)?;
-    v.drop_stack(n as u64);
-    v.write_flags(new, n, false);
+    if v.cpu().eflags & VM != 0 && v.cpu().iopl() < 3 {
+        v.check_virtual_flags(new, n)?;
+        v.drop_stack(n as u64);
+        v.write_virtual_flags(new);
+    } else {
+        v.drop_stack(n as u64);
+        v.write_flags(new, n, false);
+        if v.cpu().cpl == 3 {
+            // AC is part of the mode.
+            v.select_region();
+        }
+    }
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
 }
 
+/// CR4.VME.
+const CR4_VME: u64 = 1;
+
 impl Vcpu {
+    /// POPF and IRET of a virtual-8086 program that IOPL does not trust: allowed with
+    /// CR4.VME, unless a virtual interrupt waits or a trap is asked for.
+    pub fn check_virtual_flags(&self, new: u64, size: usize) -> Result<(), Trap> {
+        let c = self.cpu();
+        if c.cr4 & CR4_VME == 0 || size != 2 || new & TF != 0 || new & IF != 0 && c.eflags & VIP != 0 {
+            return Err(Exception::gp().into());
+        }
+        Ok(())
+    }
+
+    /// IF of such flags goes to VIF.
+    pub fn write_virtual_flags(&mut self, new: u64) {
+        let mask = (u64::from(ARITH) | DF | NT) & 0xffff;
+        let old = self.cpu().rflags() & !(mask | VIF);
+        let f = old | (new & mask) | if new & IF != 0 { VIF } else { 0 };
+        self.cpu_mut().set_rflags(f);
+    }
+
     /// POPF and IRET: change what the privilege level may change.
     pub fn write_flags(&mut self, new: u64, size: usize, iret: bool) {
         let c = self.cpu();
         let (cpl, iopl) = (c.cpl, c.iopl());
         let mut mask = u64::from(ARITH) | TF | DF | NT | AC | ID;
-        if iret {
+        // RF matters to breakpoints on code only, and makes the next instruction slow.
+        if iret && self.armed.code {
             mask |= RF;
             if cpl == 0 {
                 mask |= VIF | VIP;
@@ -228,7 +274,7 @@ impl Vcpu {
         }
         let old = c.rflags();
         let mut f = (old & !mask) | (new & mask);
-        if !iret {
+        if !iret || !self.armed.code {
             f &= !RF;
         }
         self.cpu_mut().set_rflags(f);
@@ -252,7 +298,7 @@ pub fn xlat(v: &mut Vcpu, i: &Instruction) -> Done {
         4 => off & 0xffff_ffff,
         _ => off,
     };
-    let va = v.linear(Vcpu::segment_index(i.memory_segment()), off);
+    let va = v.segment_at(Vcpu::segment_index(i.memory_segment()), off, 1, Kind::Read)?;
     let who: Who = v.data_access();
     let x = v.load(va, 1, who)?;
     let g = &mut v.cpu_mut().gpr[0];

@@ -193,6 +193,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
         }
         // Device accesses of one step leave before the next step.
         if traced
+            || v.met != 0
             || !v.outbox.is_empty()
             || !v.answers.is_empty()
             || v.cpu().pending.load(Ordering::Relaxed) != 0
@@ -205,17 +206,17 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// As many elements as can go at once; 0: use `one`.
 fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, Trap> {
-    if v.cpu().df != 0 || o.mask == 0xffff {
+    if v.cpu().df != 0 || v.armed.data {
         return Ok(0);
     }
     let who = v.data_access();
     let size = o.size as u64;
     match i.mnemonic() {
         M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
-            let from = v.linear(o.seg, v.cpu().gpr[SI] & o.mask);
-            let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+            let (si, di) = (v.cpu().gpr[SI] & o.mask, v.cpu().gpr[DI] & o.mask);
+            let (from, to) = (v.linear(o.seg, si), v.linear(0, di));
             let n = left.min(room(from, o.size)).min(room(to, o.size));
-            if n == 0 {
+            if n == 0 || !fits(v, o, (o.seg, si), n, Kind::Read) || !fits(v, o, (0, di), n, Kind::Write) {
                 return Ok(0);
             }
             let (Some(a), _) = v.access(from, n * size, Kind::Read, who)? else { return Ok(0) };
@@ -227,9 +228,10 @@ fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, T
             Ok(n)
         }
         M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
-            let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+            let di = v.cpu().gpr[DI] & o.mask;
+            let to = v.linear(0, di);
             let n = left.min(room(to, o.size));
-            if n == 0 {
+            if n == 0 || !fits(v, o, (0, di), n, Kind::Write) {
                 return Ok(0);
             }
             let (Some(b), _) = v.access(to, n * size, Kind::Write, who)? else { return Ok(0) };
@@ -242,11 +244,20 @@ fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, T
     }
 }
 
+/// `n` elements from an offset on neither wrap around nor leave their segment.
+fn fits(v: &Vcpu, o: &Operands, (seg, off): (usize, u64), n: u64, kind: Kind) -> bool {
+    let length = n * o.size as u64;
+    off.checked_add(length - 1).is_some_and(|last| last <= o.mask)
+        && v.check_segment(seg, off, length as usize, kind).is_ok()
+}
+
 /// One element; true if a compare ends the repetition.
 fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
     let who = v.data_access();
-    let from = v.linear(o.seg, v.cpu().gpr[SI] & o.mask);
-    let to = v.linear(0, v.cpu().gpr[DI] & o.mask);
+    let (si, di) = (v.cpu().gpr[SI] & o.mask, v.cpu().gpr[DI] & o.mask);
+    let (from, to) = (v.linear(o.seg, si), v.linear(0, di));
+    let source = |v: &Vcpu| v.check_segment(o.seg, si, o.size, Kind::Read);
+    let target = |v: &Vcpu, kind: Kind| v.check_segment(0, di, o.size, kind);
     let size = o.size as u64;
     let acc = match o.size {
         1 => Register::AL,
@@ -256,23 +267,31 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
     };
     match i.mnemonic() {
         M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
+            source(v)?;
+            target(v, Kind::Write)?;
             let x = v.load(from, o.size, who)?;
             v.store(to, o.size, x, who)?;
             advance(v, o, SI, size);
             advance(v, o, DI, size);
         }
         M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
+            target(v, Kind::Write)?;
             let x = v.reg(acc);
             v.store(to, o.size, x, who)?;
             advance(v, o, DI, size);
         }
         M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
+            source(v)?;
             let x = v.load(from, o.size, who)?;
             v.set_reg(acc, x);
             advance(v, o, SI, size);
         }
         m => {
             let two = matches!(m, M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq);
+            if two {
+                source(v)?;
+            }
+            target(v, Kind::Read)?;
             // Which address faults first shows in CR2; so do AMD's processors.
             if m != M::Cmpsb || !i.has_rep_prefix() {
                 v.check(to, o.size, Kind::Read, who)?;

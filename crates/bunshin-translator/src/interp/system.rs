@@ -1,11 +1,16 @@
 //! Control registers, model-specific registers, CPUID, time, TLB control, HLT.
 use super::{Done, Flow};
+use crate::cpu::{VIF, VIP, VM};
+use crate::cpuid::PHYSICAL_BITS;
 use crate::mmu::*;
 use crate::vcpu::Vcpu;
 use bunshin_core::Exit;
 use iced_x86::{Instruction, Mnemonic as M, Register};
 
 const CR0_VALID: u64 = 0xe005_003f;
+const CR4_VME: u64 = 1;
+const CR4_PVI: u64 = 2;
+const CR4_DE: u64 = 8;
 const CR4_SUPPORTED: u64 =
     0x7f | 1 << 7 | 1 << 8 | 1 << 9 | 1 << 10 | 1 << 11 | 1 << 16 | CR4_PCIDE | 1 << 18 | CR4_SMEP | CR4_SMAP;
 
@@ -13,7 +18,7 @@ pub fn refuse(_: &mut Vcpu, _: &Instruction) -> Done {
     Err(gp())
 }
 
-/// MOV to and from control and debug registers.
+/// MOV to and from control registers.
 pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
     v.supervisor()?;
     let (to, from) = (i.op0_register(), i.op1_register());
@@ -24,7 +29,6 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             Register::CR3 => v.cpu().cr3,
             Register::CR4 => v.cpu().cr4,
             Register::CR8 => v.chips.cr8(v.index),
-            r if r.is_dr() => v.cpu().dr[dr_number(v, r)?],
             _ => return Err(ud()),
         };
         v.set_reg(to, x);
@@ -39,10 +43,14 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             let pcide = v.cpu().cr4 & CR4_PCIDE != 0;
             let keep = pcide && x >> 63 != 0;
             let x = x & !(u64::from(pcide) << 63);
-            if x >> 52 != 0 {
+            if x >> PHYSICAL_BITS != 0 {
                 return Err(gp());
             }
-            v.cpu_mut().cr3 = x;
+            let old = std::mem::replace(&mut v.cpu_mut().cr3, x);
+            if let Err(e) = v.load_pdptes() {
+                v.cpu_mut().cr3 = old;
+                return Err(e.into());
+            }
             v.switch_address_space(keep);
         }
         Register::CR4 => v.set_cr4(x)?,
@@ -52,30 +60,10 @@ pub fn mov_special(v: &mut Vcpu, i: &Instruction) -> Done {
             }
             v.chips.set_cr8(v.index, x);
         }
-        r if r.is_dr() => {
-            let n = dr_number(v, r)?;
-            if n >= 6 && x >> 32 != 0 {
-                return Err(gp());
-            }
-            v.cpu_mut().dr[n] = match n {
-                6 => (x & 0xe00f) | 0xffff_0ff0,
-                7 => (x & 0xffff_2bff) | 0x400,
-                _ => x,
-            };
-        }
         _ => return Err(ud()),
     }
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
-}
-
-fn dr_number(v: &Vcpu, r: Register) -> Result<usize, Trap> {
-    let n = r as usize - Register::DR0 as usize;
-    match n {
-        0..=3 | 6 | 7 => Ok(n),
-        4 | 5 if v.cpu().cr4 & 8 == 0 => Ok(n + 2),
-        _ => Err(ud()),
-    }
 }
 
 impl Vcpu {
@@ -83,7 +71,7 @@ impl Vcpu {
         if x >> 32 != 0 || x & 1 == 0 && x & CR0_PG != 0 || x & (1 << 29) != 0 && x & (1 << 30) == 0 {
             return Err(gp());
         }
-        let old = self.cpu().cr0;
+        let (old, efer) = (self.cpu().cr0, self.cpu().efer);
         let new = (x & CR0_VALID) | 0x10;
         if new & CR0_PG == 0 && self.cpu().cr4 & CR4_PCIDE != 0 {
             return Err(gp());
@@ -101,10 +89,20 @@ impl Vcpu {
             }
             self.cpu_mut().efer &= !0x400;
         }
+        let lma = (self.cpu().efer ^ efer) & 0x400;
         self.cpu_mut().cr0 = new;
+        if (old ^ new) & CR0_PG != 0 {
+            if let Err(e) = self.load_pdptes() {
+                let c = self.cpu_mut();
+                c.cr0 = old;
+                c.efer ^= lma;
+                return Err(e.into());
+            }
+        }
         if (old ^ new) & (CR0_PG | CR0_WP | 1) != 0 {
             self.flush_tlb_all();
         }
+        self.refresh_reach();
         self.select_region();
         Ok(())
     }
@@ -119,6 +117,15 @@ impl Vcpu {
             return Err(gp());
         }
         self.cpu_mut().cr4 = x;
+        if (old ^ x) & (CR4_PSE | CR4_PAE | CR4_PGE) != 0 {
+            if let Err(e) = self.load_pdptes() {
+                self.cpu_mut().cr4 = old;
+                return Err(e.into());
+            }
+        }
+        if (old ^ x) & CR4_DE != 0 {
+            self.arm_breakpoints();
+        }
         if (old ^ x) & (CR4_PSE | CR4_PAE | CR4_PGE | CR4_SMEP | CR4_SMAP | CR4_PCIDE) != 0 {
             self.flush_tlb_all();
         }
@@ -141,13 +148,23 @@ pub fn lmsw(v: &mut Vcpu, i: &Instruction) -> Done {
     Ok(Flow::Jump)
 }
 
-/// CLI and STI where IOPL decides.
+/// CLI and STI where IOPL decides, or CR4.VME and PVI give a virtual flag.
 pub fn interrupt_flag(v: &mut Vcpu, i: &Instruction) -> Done {
     let c = v.cpu_mut();
-    if c.cpl > c.iopl() {
+    let set = i.mnemonic() == M::Sti;
+    if c.cr0 & 1 == 0 || c.cpl <= c.iopl() {
+        c.iflag = u8::from(set);
+        return Ok(Flow::Next);
+    }
+    let virtual_flag = if c.eflags & VM != 0 { c.cr4 & CR4_VME } else { c.cr4 & CR4_PVI };
+    if c.cpl != 3 || virtual_flag == 0 || set && c.eflags & VIP != 0 {
         return Err(gp());
     }
-    c.iflag = u8::from(i.mnemonic() == M::Sti);
+    if set {
+        c.eflags |= VIF;
+    } else {
+        c.eflags &= !VIF;
+    }
     Ok(Flow::Next)
 }
 
@@ -201,12 +218,13 @@ pub fn invlpg(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn invpcid(v: &mut Vcpu, i: &Instruction) -> Done {
     v.supervisor()?;
-    let va = v.operand_address(i);
+    let va = v.operand_at(i, 0, 16, Kind::Read)?;
     let who = v.data_access();
     let (low, address) = (v.load(va, 8, who)?, v.load(va.wrapping_add(8), 8, who)?);
     let kind = v.reg(i.op0_register());
     let pcid = (low & 0xfff) as u16;
-    if kind > 3 || kind < 2 && low >> 12 != 0 || kind == 0 && !canonical(address) {
+    let foreign = kind < 2 && pcid != 0 && v.cpu().cr4 & CR4_PCIDE == 0;
+    if foreign || kind > 3 || kind < 2 && low >> 12 != 0 || kind == 0 && !canonical(address) {
         return Err(gp());
     }
     match kind {
@@ -315,6 +333,7 @@ pub fn xcr(v: &mut Vcpu, i: &Instruction) -> Done {
         return Err(gp());
     }
     v.cpu_mut().xcr0 = x;
+    v.select_region();
     v.cpu_mut().rip = i.next_ip();
     Ok(Flow::Jump)
 }

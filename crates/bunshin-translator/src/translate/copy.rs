@@ -26,7 +26,33 @@ fn integer_only(i: &Instruction) -> bool {
         && (0..i.op_count()).all(|n| i.op_kind(n) != OpKind::Register || i.op_register(n).is_gpr())
 }
 
+/// The one-byte INC and DEC of 16- and 32-bit code, REX prefixes in 64-bit code.
+pub(super) fn short_count(i: &Instruction) -> bool {
+    matches!(i.code(), Code::Inc_r16 | Code::Inc_r32 | Code::Dec_r16 | Code::Dec_r32)
+}
+
 impl Unit<'_> {
+    /// Such an instruction in the two-byte form.
+    pub(super) fn count(&mut self, item: &Item) {
+        let i = &item.insn;
+        let kept = item.live_after & !item.effect.kills;
+        let needed = if self.loses_recipe(item) { ALL } else { kept };
+        if needed != 0 && self.flags != Flags::Host {
+            self.flags_to_host(S0, needed);
+        }
+        let (n, _) = gpr_number(i.op0_register()).expect("a general register");
+        let h = self.home(n).expect("16- and 32-bit code has no registers in memory");
+        if i.op0_register().size() == 2 {
+            self.a.b(&[0x66]);
+        }
+        if h >= 8 {
+            self.a.b(&[0x41]);
+        }
+        let dec = u8::from(i.mnemonic() == M::Dec) << 3;
+        self.a.b(&[0xff, 0xc0 | dec | (h & 7)]);
+        self.flags = Flags::Host;
+    }
+
     /// Copy the instruction with its registers renamed and its memory operand
     /// behind a probe.
     pub(super) fn generic(&mut self, item: &Item) {
@@ -67,7 +93,8 @@ impl Unit<'_> {
             }
             let place = if bit_string {
                 // Short addresses wrap with the offset added.
-                if i.op1_register().size() == 2 || 8 * crate::interp::address_size(i) < self.bits as usize {
+                let short = 8 * crate::interp::address_size(i) < self.bits as usize;
+                if i.op1_register().size() == 2 || short || self.examined(i) {
                     return self.helper(i);
                 }
                 Place::Bits(i)

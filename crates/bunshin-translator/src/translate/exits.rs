@@ -9,11 +9,11 @@ impl Unit<'_> {
         match i.flow_control() {
             FlowControl::UnconditionalBranch => {
                 self.flags_to_host(S2, self.live_out);
-                self.exit_to(i.near_branch_target());
+                self.exit_to(self.cut(i.near_branch_target()));
             }
             FlowControl::ConditionalBranch => {
                 let target = self.cut(i.near_branch_target());
-                let through = self.cut(i.next_ip());
+                let through = i.next_ip();
                 match i.mnemonic() {
                     M::Jcxz | M::Jecxz | M::Jrcxz | M::Loop | M::Loope | M::Loopne => {
                         self.flags_to_host(S2, ALL);
@@ -176,7 +176,8 @@ impl Unit<'_> {
 
     /// The end of a stretch: go on at a known address; flags are in the host.
     pub(super) fn exit_to(&mut self, target: u64) {
-        let target = self.cut(target);
+        // 16-bit code that runs past 64 KiB does not start again at 0.
+        let target = if self.bits == 32 { target & 0xffff_ffff } else { target };
         if self.turns(target) {
             self.poll(target);
         }
@@ -226,7 +227,7 @@ impl Unit<'_> {
 
     /// In this block's page, so that it moves only with it.
     pub(super) fn same_page(&self, target: u64) -> bool {
-        self.mode & mode::BASED == 0 && target & !0xfff == self.rip & !0xfff
+        self.mode & (mode::BASED | mode::CODE_LIMITED) == 0 && target & !0xfff == self.rip & !0xfff
     }
 
     /// Supervisor text keeps its place; when any of it moves, `unlink_far`

@@ -47,6 +47,9 @@ use crate::block::{Block, Heat, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
+use crate::interp::debug::at_breakpoint;
+use crate::interp::fpu::{ask, SHUT};
+use crate::interp::Helper;
 use crate::mmu::{Exception, Kind, INFO_GROUP, INFO_PLAIN, INFO_WRITE};
 use crate::perf_map;
 use crate::recipe::Recipe;
@@ -57,6 +60,7 @@ use iced_x86::{
     OpAccess, OpKind, Register,
 };
 
+use copy::short_count;
 use group::Group;
 use group::Spot;
 pub(crate) use plan::Homes;
@@ -197,6 +201,9 @@ struct Unit<'a> {
     bounce: bool,
     /// Index of the instruction being written, for `points`.
     guest: i16,
+    /// Highest offset that code may have, and that this block took for valid.
+    code_limit: u64,
+    reach: u64,
 }
 
 /// Memory accesses from the first instruction on before the flags are read or
@@ -255,6 +262,10 @@ impl Vcpu {
     fn translate_once(&mut self, rip: u64, version: &mut Version) -> Result<Option<u32>, Exception> {
         let alone = *version == Version::Alone;
         let started = bunshin_core::clock::rdtsc();
+        let code_limit = self.code_limit();
+        if rip > code_limit {
+            return Err(Exception::gp());
+        }
         let va = self.linear_rip(rip);
         let m = self.walk(va, self.fetcher(), Kind::Fetch)?;
         let gpa = m.gpa | (va & 0xfff);
@@ -299,8 +310,12 @@ impl Vcpu {
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
         let span = window.len();
-        let mut items = plan::decode_stretch(&window, start, rip, bits, &mut factory);
-        if items.is_empty() {
+        let mut items = plan::decode_stretch(&window, start, rip, bits, code_limit, &mut factory);
+        let mut outside = items.is_empty() && {
+            let first = decode(&window[start..(start + 15).min(window.len())], bits, rip);
+            first.code() != Code::INVALID && first.next_ip().wrapping_sub(1) > code_limit
+        };
+        if items.is_empty() && !outside {
             // The first instruction crosses into the next page.
             let next = (va & !0xfff).wrapping_add(4096);
             let m2 = self.walk(next, self.fetcher(), Kind::Fetch)?;
@@ -317,7 +332,15 @@ impl Vcpu {
             window.extend_from_slice(&rest);
             second = Some(Neighbour { va: next, gpa: m2.gpa, page: page2, host: h });
             let insn = decode(&window[start..(start + 15).min(window.len())], bits, rip);
-            items.push(Item::new(insn, start, &mut factory));
+            outside = bits != 64 && insn.next_ip() > code_limit + 1;
+            if !outside {
+                items.push(Item::new(insn, start, &mut factory));
+            }
+        }
+        if items.is_empty() {
+            self.factory = Some(factory);
+            self.window = window;
+            return Err(Exception::gp());
         }
         let mut u = Unit {
             a: std::mem::take(&mut self.asm),
@@ -357,6 +380,8 @@ impl Vcpu {
             now: 0,
             bounce: false,
             guest: 0,
+            code_limit,
+            reach: 0,
         };
         u.a.clear();
         let mut plan = vec![Stretch { ip: rip, items, live_out: ALL }];
@@ -385,7 +410,8 @@ impl Vcpu {
         }
         u.reached |= (rip & 0xfff) + u64::from(guest_length) > 4096;
         let reached = u.reached;
-        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, .. } = u;
+        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, reach, .. } = u;
+        let end = plan.iter().map(|s| s.last().next_ip().wrapping_sub(1)).max().unwrap_or(0);
         for n in slots.iter().map(|s| s.1).chain(entries) {
             self.cpu_mut().refills[n as usize] = 0;
         }
@@ -429,6 +455,7 @@ impl Vcpu {
             checked: at,
             body: at + u64::from(body),
             points: points.into_boxed_slice(),
+            reach: if bits == 64 { 0 } else { reach.max(end) },
             relied,
             incoming: NONE,
             moved: homes.moved().into(),
@@ -509,6 +536,8 @@ impl Vcpu {
             now: 0,
             bounce: true,
             guest: 0,
+            code_limit: u64::MAX,
+            reach: 0,
         };
         u.a.clear();
         u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
@@ -609,8 +638,22 @@ impl<'a> Unit<'a> {
         self.points.push((self.a.here(), p));
     }
 
+    /// A branch to `target` leaves the code segment, or needs more than the 16 bits
+    /// that jumps of 16-bit code are translated for.
+    fn strays(&mut self, target: u64) -> bool {
+        let most = if self.bits == 16 { self.code_limit.min(0xffff) } else { self.code_limit };
+        if target <= most {
+            self.reach = self.reach.max(target);
+        }
+        target > most
+    }
+
     /// Let Rust perform the instruction; comes back here unless it jumps.
     fn helper(&mut self, i: &Instruction) {
+        self.helper_by(HelperEntry::new(*i));
+    }
+
+    fn helper_by(&mut self, entry: HelperEntry) {
         self.group = None;
         self.settle_stack();
         self.claim_all();
@@ -618,7 +661,7 @@ impl<'a> Unit<'a> {
             self.flags_to_host(S0, ALL);
         }
         let id = self.v.helpers.len() as u32;
-        self.v.helpers.push(HelperEntry::new(*i));
+        self.v.helpers.push(entry);
         self.point(false);
         self.leave();
         self.a.mov_imm(S2, u64::from(id));
@@ -677,6 +720,13 @@ impl<'a> Unit<'a> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as i16;
         let live_before = item.effect.live_before(item.live_after);
+        if self.mode & mode::DEBUG != 0 && self.v.code_hits(self.v.linear_rip(i.ip())) != 0 {
+            let helper = Helper { run: at_breakpoint, outside: false };
+            self.helper_by(HelperEntry::by(*i, helper));
+        }
+        if self.mode & SHUT != 0 && crate::interp::fpu::asks(i, self.mode) {
+            self.helper_by(HelperEntry::by(*i, Helper { run: ask, outside: false }));
+        }
         if !self.by_generic(i) && i.mnemonic() != M::Lea {
             self.claim_all();
         }
@@ -686,6 +736,16 @@ impl<'a> Unit<'a> {
             }
             self.recipe = None;
         }
+        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) || i.is_stack_instruction();
+        if self.mode & mode::ALIGN != 0 && memory && i.code() != Code::INVALID {
+            self.helper(i);
+            if ends(i) {
+                self.exit_to(i.next_ip());
+                return true;
+            }
+            return false;
+        }
+        let strays = self.bits != 64 && near(i) && self.strays(i.near_branch_target());
         if let Some(by) = self.moves_stack(item).filter(|by| (self.stack + by).unsigned_abs() < 1 << 20) {
             self.stack += by;
             self.flags = Flags::Dead;
@@ -694,7 +754,7 @@ impl<'a> Unit<'a> {
         if self.wants_stack(i) {
             self.settle_stack();
         }
-        if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
+        if i.code() == Code::INVALID || strays || crate::interp::wants_helper(i, self.mode) {
             self.helper(i);
             if ends(i) {
                 // The helper itself jumps; this is for the ones that fall through.
@@ -736,6 +796,7 @@ impl<'a> Unit<'a> {
                 self.hot = hot;
             }
             M::Lea => self.lea(i),
+            M::Inc | M::Dec if short_count(i) => self.count(item),
             M::Push if i.op0_kind() != OpKind::Memory => self.push(i, live_before),
             M::Push => {
                 let size = self.stack_size(i);

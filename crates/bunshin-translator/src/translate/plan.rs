@@ -130,7 +130,8 @@ impl Unit<'_> {
             if left == 0 || plan.len() == STRETCHES || !self.v.blocks.index.contains_key(&key) {
                 continue;
             }
-            let items = decode_stretch(self.bytes, offset, ip, self.bits, &mut self.info);
+            let limit = self.code_limit;
+            let items = decode_stretch(self.bytes, offset, ip, self.bits, limit, &mut self.info);
             if !items.is_empty() {
                 plan.push(Stretch { ip, items, live_out: ALL });
             }
@@ -267,12 +268,14 @@ pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
     (none || i.is_ip_rel_memory_operand()).then(|| i.memory_displacement64())
 }
 
-/// Decode from `ip` on, which lies at `start` of the bytes, to the end of the stretch.
+/// Decode from `ip` on, which lies at `start` of the bytes, to the end of the stretch
+/// or to `limit`, the highest offset that code may have.
 pub(super) fn decode_stretch(
     bytes: &[u8],
     start: usize,
     ip: u64,
     bits: u32,
+    limit: u64,
     factory: &mut InstructionInfoFactory,
 ) -> Vec<Item> {
     let mut items = Vec::with_capacity(16);
@@ -281,6 +284,9 @@ pub(super) fn decode_stretch(
         let at = start + d.position();
         let insn = exchange(d.decode(), &bytes[at..]);
         if insn.code() == Code::INVALID && d.last_error() == DecoderError::NoMoreBytes {
+            break;
+        }
+        if insn.next_ip().wrapping_sub(1) > limit {
             break;
         }
         let end = ends(&insn);

@@ -40,12 +40,12 @@ fn faults_plainly(i: &Instruction) -> bool {
 }
 
 impl Unit<'_> {
-    /// The address `from` bytes past an operand into r8; uses r9 (and r10 for
-    /// bit strings).
-    pub(super) fn locate(&mut self, place: Place, from: i64) -> Option<u64> {
+    /// The address `from` bytes past an operand, of which `span` bytes are used, into
+    /// r8; uses r9 (and r10 for bit strings and segments that are looked at).
+    pub(super) fn locate(&mut self, place: Place, (from, span): (i64, i64), write: bool) -> Option<u64> {
         let from = from as i32;
         match place {
-            Place::Operand(i) => return self.address(i, from),
+            Place::Operand(i) => return self.address(i, from, span as i32, write),
             Place::Bits(i) => self.bit_address(i),
             Place::Stack(below) => self.stack_slot(GSP, from - below),
             Place::Frame => self.stack_slot(5, from),
@@ -78,7 +78,7 @@ impl Unit<'_> {
         if self.flags == Flags::Host && live == 0 {
             self.flags = Flags::Dead;
         }
-        if keep || start.is_some() {
+        if keep || start.is_some() || matches!(place, Place::Operand(i) if self.examined(i)) {
             self.claim(S2);
         }
         self.probed = true;
@@ -156,6 +156,10 @@ impl Unit<'_> {
 
     /// An operand of hot code as the guest's own base register and displacement.
     fn direct(&self, place: Place, from: i64) -> Option<(u8, i32)> {
+        if self.bits != 64 {
+            // Sums wrap at 32 bits there, which an address of the host would not.
+            return None;
+        }
         let (n, disp) = match place {
             Place::Operand(i)
                 if i.memory_index() == Register::None
@@ -193,7 +197,7 @@ impl Unit<'_> {
     ) -> Mem {
         let tag = if write { TAG_W } else { TAG_R };
         let retry = self.a.here();
-        let fixed = self.locate(place, from).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
+        let fixed = self.locate(place, (from, span), write).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
         let way = match fixed {
             Some(n) => Way::Fixed(n),
             None => self.slot().map_or(Way::Table, Way::Slot),
@@ -282,7 +286,7 @@ impl Unit<'_> {
             r.emit(&mut self.a, S0, &self.homes, &mut self.patches);
         }
         let keep = keep || recipe.is_some();
-        self.locate(place, from);
+        self.locate(place, (from, span), write);
         let plain =
             span < 16 && !grouped && self.items.get(self.now).is_some_and(|i| faults_plainly(&i.insn));
         let mut info = span as u32;
@@ -356,7 +360,7 @@ impl Unit<'_> {
         hit: Label,
     ) -> Label {
         let again = self.a.here();
-        self.locate(place, from);
+        self.locate(place, (from, span), tag == TAG_W);
         self.a.store(at::TMP2, S2);
         self.a.rorx(S1, S0, 12);
         self.a.movzx16(S1, S1);
@@ -401,19 +405,20 @@ impl Unit<'_> {
         })
     }
 
-    /// The linear address of the memory operand into r8 (uses r9). Gives the
-    /// address if it is a constant.
-    pub(super) fn address(&mut self, i: &Instruction, from: i32) -> Option<u64> {
-        let seg = i.memory_segment();
-        let seg_base = match seg {
-            Register::FS => Some(4),
-            Register::GS => Some(5),
-            _ if self.bits == 64 || self.mode & mode::BASED == 0 => None,
-            Register::ES => Some(0),
-            Register::CS => Some(1),
-            Register::SS => Some(2),
-            _ => Some(3),
-        };
+    /// The operand's segment has a base, a limit or rights to mind. That those of
+    /// DS, ES and SS have none is part of the mode; CS is never writable, and FS and
+    /// GS come and go.
+    pub(super) fn examined(&self, i: &Instruction) -> bool {
+        let usual = matches!(i.memory_segment(), Register::DS | Register::ES | Register::SS);
+        self.bits != 64 && (self.mode & mode::LIMITED != 0 || !usual)
+    }
+
+    /// The linear address of the memory operand into r8 (uses r9, and r10 where the
+    /// segment is looked at). Gives the address if it is a constant.
+    pub(super) fn address(&mut self, i: &Instruction, from: i32, span: i32, write: bool) -> Option<u64> {
+        let seg = Vcpu::segment_index(i.memory_segment()) as u8;
+        let examined = self.examined(i);
+        let based = self.bits == 64 && matches!(seg, 4 | 5);
         let base = i.memory_base();
         let index = i.memory_index();
         let disp = i.memory_displacement64();
@@ -436,9 +441,22 @@ impl Unit<'_> {
                 self.a.movzx16(S0, S0);
             }
         }
-        if let Some(n) = seg_base {
-            self.a.load(S1, at::seg_base(n));
-            self.a.lea(self.bits == 64, S0, Some(S0), Some((S1, 1)), 0);
+        if examined {
+            // r10 = offset of the last byte less the bytes that may be reached: negative,
+            // or else the address becomes one that no table holds.
+            let reach = if write { at::REACH_W } else { at::REACH_R };
+            self.a.load(S2, reach + 8 * u32::from(seg));
+            self.a.lea(true, S2, Some(S2), Some((S0, 1)), span - 1);
+            self.a.load(S1, at::seg_base(seg));
+            self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
+            self.a.pext_gs(S2, S2, at::SIGN);
+            self.a.load_indexed(S2, S2, at::ASTRAY);
+            self.a.lea(true, S0, Some(S0), Some((S2, 1)), 0);
+            return None;
+        }
+        if based {
+            self.a.load(S1, at::seg_base(seg));
+            self.a.lea(true, S0, Some(S0), Some((S1, 1)), 0);
             return None;
         }
         constant
@@ -446,12 +464,9 @@ impl Unit<'_> {
 
     /// Address `[reg + disp]` in the stack segment, into r8.
     pub(super) fn stack_slot(&mut self, reg: u8, disp: i32) {
+        // Where SS is not flat, stack accesses are not translated.
         let disp = if reg == GSP { disp + self.stack } else { disp };
         self.a.lea(self.wide(), S0, Some(reg), None, disp);
-        if self.mode & mode::BASED != 0 && self.bits != 64 {
-            self.a.load(S1, at::seg_base(2));
-            self.a.lea(false, S0, Some(S0), Some((S1, 1)), 0);
-        }
     }
 
     /// BT and its kin with a register bit offset reach beyond their operand:
@@ -460,7 +475,7 @@ impl Unit<'_> {
         let n = gpr_number(i.op1_register()).map_or(0, |g| g.0);
         let size = i.op1_register().size();
         self.take_s2();
-        self.address(i, 0);
+        self.address(i, 0, 1, false);
         let r = self.use_gpr(n, S1);
         // r9 = sign-extended offset, shifted without flags: sarx needs a count
         // register, so r10 holds it.
