@@ -55,14 +55,7 @@ pub fn run_both(
 
 /// Lay a batch out and let it begin; its number for [`finish`].
 fn begin(machine: &mut dyn Machine, cases: &[SystemCase]) -> u64 {
-    // A case may have written where it should not.
-    for (gpa, bytes) in super::harness::image() {
-        let mut now = vec![0; bytes.len()];
-        machine.read(*gpa, &mut now);
-        if now != *bytes {
-            machine.write(*gpa, bytes);
-        }
-    }
+    mend(machine);
     let bytes: Vec<u8> = cases.iter().flat_map(SystemCase::bytes).collect();
     assert!(cases.len() <= BATCH && bytes.len() as u64 == cases.len() as u64 * CASE_BYTES);
     machine.write(CASES, &bytes);
@@ -70,6 +63,17 @@ fn begin(machine: &mut dyn Machine, cases: &[SystemCase]) -> u64 {
     let go = word(machine, DONE) + 1;
     machine.write(GO, &go.to_le_bytes());
     go
+}
+
+/// A case may have written where it should not: the image as it was.
+fn mend(machine: &mut dyn Machine) {
+    for (gpa, bytes) in super::harness::image() {
+        let mut now = vec![0; bytes.len()];
+        machine.read(*gpa, &mut now);
+        if now != *bytes {
+            machine.write(*gpa, bytes);
+        }
+    }
 }
 
 fn finish(machine: &mut dyn Machine, cases: &[SystemCase], go: u64) -> Result<Vec<Vec<Record>>, String> {
@@ -184,7 +188,7 @@ pub use translated::Translated;
 #[cfg(feature = "translator")]
 mod translated {
     use super::super::{harness, layout::*};
-    use super::{word, Machine};
+    use super::{mend, word, Machine};
     use bunshin_core::state::{Segment, Table};
     use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
     use bunshin_translator::TranslatorEngine;
@@ -271,8 +275,14 @@ mod translated {
         fn run(&mut self, go: u64) -> Result<bool, String> {
             self.watch.running.store(true, Ordering::SeqCst);
             let mut reply = Reply::None;
+            let mut resets = 0;
             let ended = loop {
                 if self.reset {
+                    mend(self);
+                    resets += 1;
+                    if resets > 2 * BATCH {
+                        return Err("the translator shuts down whatever it is given".into());
+                    }
                     self.vcpu.set_state(&self.start).map_err(|e| format!("set_state: {e}"))?;
                     self.reset = false;
                 }
