@@ -88,6 +88,14 @@ pub fn parts(case: &SystemCase, left: &Record, right: &Record) -> Option<&'stati
     if left[0] == 14 && [12, 13].contains(&right[0]) && (0xffff_ff00..1 << 32).contains(&left[23]) {
         return Some("QEMU does not check segment limits");
     }
+    let data = [0, 16, 32, 48].into_iter().map(|shift| right[24] >> shift & 0xffff);
+    if right[0] == 13
+        && right[1] == 0
+        && bits(case, right[3]) != 64
+        && !data.into_iter().all(|s| plain(case, s))
+    {
+        return Some("QEMU does not check data segments where they are used");
+    }
     let next_page = (right[23] | 0xfff).wrapping_add(1);
     let same = left[0] == 14 && right[0] == 14 && left[2] == right[2];
     if same && left[1] & 2 == 0 && right[1] & 2 != 0 && left[23] == next_page {
@@ -175,14 +183,26 @@ fn is_far(i: &Instruction) -> bool {
         )
 }
 
-/// Operand size of code under a selector of the case.
-fn bits(case: &SystemCase, selector: u64) -> u32 {
+/// The descriptor of the case that a selector names.
+fn descriptor(case: &SystemCase, selector: u64) -> u64 {
     let index = (selector >> 3) as usize;
-    let descriptor = match selector & 4 {
+    let found = match selector & 4 {
         0 => case.words.get(at("gdt") + index).filter(|_| index < 32),
         _ => case.words.get(at("ldt") + index).filter(|_| index < 8),
     };
-    match descriptor.map_or(0, |d| d >> 53 & 3) {
+    found.copied().unwrap_or(0)
+}
+
+/// Does the selector name flat data that may be written?
+fn plain(case: &SystemCase, selector: u64) -> bool {
+    let d = descriptor(case, selector);
+    let flat = d & 0xff00_00ff_ffff_0000 == 0 && d & 0x008f_0000_0000_ffff == 0x008f_0000_0000_ffff;
+    selector > 3 && flat && d >> 40 & 0x9e == 0x92
+}
+
+/// Operand size of code under a selector of the case.
+fn bits(case: &SystemCase, selector: u64) -> u32 {
+    match descriptor(case, selector) >> 53 & 3 {
         1 | 3 => 64,
         2 => 32,
         _ => 16,

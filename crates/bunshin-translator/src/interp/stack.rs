@@ -259,9 +259,9 @@ impl Vcpu {
         // RF matters to breakpoints on code only, and makes the next instruction slow.
         if iret && self.armed.code {
             mask |= RF;
-            if cpl == 0 {
-                mask |= VIF | VIP;
-            }
+        }
+        if iret && cpl == 0 {
+            mask |= VIF | VIP;
         }
         if cpl == 0 {
             mask |= IOPL;
