@@ -191,7 +191,7 @@ class Machine:
                 self.clock,
                 self.console.feed,
                 self._guest_ended,
-                self._engine.set_a20,
+                self._gate_a20,
             )
             attach(devices, self.bus, self._lines)
         except BaseException:
@@ -583,6 +583,10 @@ class Machine:
 
     def _type(self, data: bytes) -> bool:
         return self.board.com1.push(data)
+
+    def _gate_a20(self, open_: bool) -> None:
+        # By way of the machine: the board must not keep a closed engine's memory.
+        self._engine.set_a20(open_)
 
 
 class _NativeErrors:

@@ -285,15 +285,19 @@ def test_garbage(hostile: Callable[..., Run], seed: int) -> None:
 
 
 def test_every_port_written_and_read(hostile: Callable[..., Run]) -> None:
-    """For all ports: out 0, in, of each width; then an end that shows it came through."""
+    """For all ports: out 2, in, of each width; then an end that shows it came through.
+
+    Bit 1 keeps the A20 gate open, below which the guest lies.
+    """
+    twos = b"\xb8\x02\x02\x02\x02"  # mov eax,0x02020202
     loop = (
         b"\x31\xc9"  # xor ecx,ecx
         b"\x89\xca"  # again: mov edx,ecx
-        b"\x31\xc0\xee\xec"  # xor eax,eax; out dx,al; in al,dx
-        b"\x31\xc0\x66\xef\x66\xed"  # xor eax,eax; out dx,ax; in ax,dx
-        b"\x31\xc0\xef\xed"  # xor eax,eax; out dx,eax; in eax,dx
-        b"\x41\x81\xf9\x00\x00\x01\x00"  # inc ecx; cmp ecx,0x10000
-        b"\x72\xe7"  # jb again
+        + (twos + b"\xee\xec")  # out dx,al; in al,dx
+        + (twos + b"\x66\xef\x66\xed")  # out dx,ax; in ax,dx
+        + (twos + b"\xef\xed")  # out dx,eax; in eax,dx
+        + b"\x41\x81\xf9\x00\x00\x01\x00"  # inc ecx; cmp ecx,0x10000
+        b"\x72\xde"  # jb again
     )
     run = hostile(STACK + loop + out_string(b"through\n") + NO_IDT + b"\x0f\x0b", "--timeout", "60")
     assert run.stdout.endswith(b"through\n")
@@ -317,6 +321,9 @@ def test_every_port_written_with(hostile: Callable[..., Run], value: int) -> Non
 
 def test_string_output_to_every_port(hostile: Callable[..., Run]) -> None:
     loop = (
+        # A string of bytes that leave the A20 gate open:
+        b"\xbf\x00\x00\x20\x00\xb8\x02\x02\x02\x02"  # mov edi,0x200000; mov eax,0x02020202
+        b"\xb9\x08\x00\x00\x00\xf3\xab"  # mov ecx,8; rep stosd
         b"\x31\xdb"  # xor ebx,ebx
         b"\x89\xda"  # again: mov edx,ebx
         b"\xbe\x00\x00\x20\x00\xbf\x00\x00\x28\x00"  # mov esi,0x200000; mov edi,0x280000

@@ -143,6 +143,21 @@ impl Vcpu {
         rip: u64,
         rf: u64,
     ) -> Result<(), Trap> {
+        // A stack may be a device, if oddly; what it is given waits for the owner.
+        let may_exit = std::mem::replace(&mut self.may_exit, !self.in_code);
+        let done = self.enter_handler(vector, error, source, rip, rf);
+        self.may_exit = may_exit;
+        done
+    }
+
+    fn enter_handler(
+        &mut self,
+        vector: u8,
+        error: Option<u32>,
+        source: Source,
+        rip: u64,
+        rf: u64,
+    ) -> Result<(), Trap> {
         let ext = u32::from(source == Source::Hardware);
         // HLT may have been what an exception follows.
         self.cpu_mut().halted = 0;
