@@ -694,12 +694,14 @@ fn gather(v: &mut Vcpu, i: &Instruction) -> Done {
             .wrapping_add((x as u64).wrapping_mul(u64::from(i.memory_index_scale())))
             .wrapping_add(i.memory_displacement64());
         let off = if i.memory_base().size() == 4 || !v.cpu().code64() { off & 0xffff_ffff } else { off };
+        // Single elements need no alignment, whatever AC says.
         let r = if scatter {
-            v.segment_at(seg, off, n, Kind::Write).and_then(|va| v.write_as(va, &out[k * n..k * n + n], who))
+            v.check_segment(seg, off, n, Kind::Write)
+                .and_then(|()| v.write_as(v.linear(seg, off), &out[k * n..k * n + n], who))
         } else {
             let mut b = [0; 8];
-            v.segment_at(seg, off, n, Kind::Read)
-                .and_then(|va| v.read_as(va, &mut b[..n], who))
+            v.check_segment(seg, off, n, Kind::Read)
+                .and_then(|()| v.read_as(v.linear(seg, off), &mut b[..n], who))
                 .map(|()| out[k * n..k * n + n].copy_from_slice(&b[..n]))
         };
         if let Err(e) = r {
