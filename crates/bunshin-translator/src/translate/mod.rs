@@ -31,6 +31,19 @@
 //!      3: mov  rcx, r10
 //! ```
 //!
+//! In hot code the operand has a slot that holds the page it met last, so that the
+//! address of the load hangs on nothing but the guest's own register:
+//!
+//! ```text
+//! hot  1: lea  r8, [rbx+8]
+//!         add  r8, gs:[SLOT_T+n*8]
+//!         cmp  r8, 4096-8
+//!         ja   2
+//!         mov  r9, gs:[SLOT_D+n*8]    in a loop a register may hold it
+//!      3: mov  rax, [rbx+r9+8]
+//! cold 2: the slot is filled from the table, then 3; or the miss as above
+//! ```
+//!
 //! Where many accesses follow, `lahf; seto al` saves the flags to `cpu.lazy`
 //! once, the first form serves all of them, and `add al, 0x7f; sahf` brings the
 //! flags back before they are needed.
