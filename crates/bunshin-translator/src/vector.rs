@@ -6,6 +6,9 @@
 //! layout in memory is XSAVE's either way, and components that are not in XSTATE_BV
 //! hold their initial values (`Vcpu::blank_initial`), so they may be loaded all the same.
 //!
+//! What is not in use is left alone on the way back: upper halves that were loaded, even
+//! with zeros, make instructions of SSE several times slower, since they must keep them.
+//!
 //! XSAVEOPT leaves out what has not changed since XRSTOR from the same place. Loads by
 //! hand are none of its business, so after those it must be XSAVE.
 use crate::cpu::at;
@@ -16,8 +19,10 @@ use iced_x86::IcedError;
 const X87: u32 = 1;
 const SSE: u32 = 2;
 const AVX: u32 = 4;
-/// Opmasks, upper halves of ZMM0 to ZMM15, ZMM16 to ZMM31.
-const AVX512: u32 = 0xe0;
+/// Opmasks and ZMM16 to ZMM31; upper halves of ZMM0 to ZMM15; both.
+const EVEX: u32 = 0xa0;
+const HIGH: u32 = 0x40;
+const AVX512: u32 = EVEX | HIGH;
 const FXSAVE_MXCSR: u32 = 24;
 const XSTATE_BV: u32 = 512;
 const XMM: [AsmRegisterXmm; 16] =
@@ -74,7 +79,7 @@ fn mask_registers(a: &mut CodeAssembler, means: Means) -> Result<(), IcedError> 
 pub fn save(means: Means) -> Vec<u8> {
     written(|a| {
         let (mut full, mut done) = (a.create_label(), a.create_label());
-        let mut narrow = a.create_label();
+        let (mut no_evex, mut narrow) = (a.create_label(), a.create_label());
         if means.in_use {
             a.mov(ecx, 1)?;
             a.xgetbv()?;
@@ -86,25 +91,29 @@ pub fn save(means: Means) -> Vec<u8> {
             for (n, &register) in XMM.iter().enumerate() {
                 a.vmovups(component(1, 16, n), register)?;
             }
-            a.test(eax, (AVX | AVX512) as i32)?;
+            if means.wide() {
+                a.test(eax, EVEX as i32)?;
+                a.je(no_evex)?;
+                a.or(eax, EVEX as i32)?;
+                for (n, &register) in K.iter().enumerate() {
+                    a.kmovq(component(5, 8, n), register)?;
+                }
+                for (n, &register) in ZMM[16..].iter().enumerate() {
+                    a.vmovups(component(7, 64, n), register)?;
+                }
+                a.set_label(&mut no_evex)?;
+            }
+            a.test(eax, (AVX | HIGH) as i32)?;
             a.je(narrow)?;
             a.or(eax, AVX as i32)?;
             for (n, &register) in YMM.iter().enumerate() {
                 a.vextractf128(component(2, 16, n), register, 1)?;
             }
             if means.wide() {
-                a.test(eax, AVX512 as i32)?;
+                a.test(eax, HIGH as i32)?;
                 a.je(narrow)?;
-                a.or(eax, AVX512 as i32)?;
-                for (n, &register) in K.iter().enumerate() {
-                    a.kmovq(component(5, 8, n), register)?;
-                }
-                for (n, &register) in ZMM.iter().enumerate() {
-                    if n < 16 {
-                        a.vextracti64x4(component(6, 32, n), register, 1)?;
-                    } else {
-                        a.vmovups(component(7, 64, n - 16), register)?;
-                    }
+                for (n, &register) in ZMM[..16].iter().enumerate() {
+                    a.vextracti64x4(component(6, 32, n), register, 1)?;
                 }
             }
             a.set_label(&mut narrow)?;
@@ -153,7 +162,8 @@ pub fn load(means: Means) -> Vec<u8> {
             a.je(full)?;
             a.mov(dword_ptr(u64::from(at::BY_HAND)).gs(), 1)?;
             a.ldmxcsr(area(FXSAVE_MXCSR as usize))?;
-            // These clear what lies above.
+            // These clear what lies above, and the processor knows that it is clear: only
+            // then are instructions of SSE fast, which must keep it.
             for (n, &register) in XMM.iter().enumerate() {
                 a.vmovups(register, component(1, 16, n))?;
             }
@@ -169,13 +179,13 @@ pub fn load(means: Means) -> Vec<u8> {
                 }
                 a.set_label(&mut no_avx512)?;
             }
-            a.test(eax, (AVX | AVX512) as i32)?;
+            a.test(eax, (AVX | HIGH) as i32)?;
             a.je(no_avx)?;
             for (n, &register) in YMM.iter().enumerate() {
                 a.vinsertf128(register, register, component(2, 16, n), 1)?;
             }
             if means.wide() {
-                a.test(eax, AVX512 as i32)?;
+                a.test(eax, HIGH as i32)?;
                 a.je(no_avx)?;
                 for (n, &register) in ZMM[..16].iter().enumerate() {
                     a.vinserti64x4(register, register, component(6, 32, n), 1)?;
