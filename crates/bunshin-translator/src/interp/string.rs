@@ -6,7 +6,7 @@ use super::{Done, Flow};
 use crate::cpu::{AF, CF, OF, PF, SF, TF, ZF};
 use crate::mmu::{Kind, Trap};
 use crate::vcpu::Vcpu;
-use iced_x86::{Instruction, Mnemonic as M, OpKind, Register};
+use iced_x86::{Code, Instruction, Mnemonic as M, OpKind, Register};
 use std::sync::atomic::Ordering;
 
 /// MOVSD and CMPSD are also names of SSE2 instructions.
@@ -161,7 +161,77 @@ fn room(va: u64, size: usize) -> u64 {
     (4096 - (va & 0xfff)) / size as u64
 }
 
+/// Repeated MOVS and STOS of 64-bit code on flat segments: bytes of an element, and
+/// whether it moves.
+fn flat(i: &Instruction) -> Option<(u64, bool)> {
+    use Code::*;
+    let (size, moves) = match i.code() {
+        Movsb_m8_m8 => (1, true),
+        Movsw_m16_m16 => (2, true),
+        Movsd_m32_m32 => (4, true),
+        Movsq_m64_m64 => (8, true),
+        Stosb_m8_AL => (1, false),
+        Stosw_m16_AX => (2, false),
+        Stosd_m32_EAX => (4, false),
+        Stosq_m64_RAX => (8, false),
+        _ => return None,
+    };
+    let flat = i.op0_kind() == OpKind::MemoryESRDI
+        && i.has_rep_prefix()
+        && !(moves && matches!(i.memory_segment(), Register::FS | Register::GS));
+    flat.then_some((size, moves))
+}
+
+/// The frequent case: upwards over pages that are in the table. Stops before whatever
+/// else there is.
+fn sweep(v: &mut Vcpu, size: u64, moves: bool) {
+    let region = &v.regions.all[v.region];
+    let c = v.cpu();
+    let value = c.gpr[0];
+    let (mut left, mut from, mut to) = (c.gpr[1], c.gpr[SI], c.gpr[DI]);
+    let shift = size.trailing_zeros();
+    while left != 0 {
+        let room = |va: u64| 4096 - (va & 0xfff);
+        let most = left.min(4096).wrapping_mul(size).min(room(to));
+        // Whole elements up to the next page end of either operand.
+        let done = (if moves { most.min(room(from)) } else { most }) & !(size - 1);
+        if done == 0 {
+            break;
+        }
+        let a = if moves { region.probe(from, done, false) } else { Some(0) };
+        let (Some(a), Some(b)) = (a, region.probe(to, done, true)) else { break };
+        let n = done >> shift;
+        // SAFETY: the table has all of it.
+        unsafe {
+            if moves {
+                movs(a, b, n, size as usize);
+            } else {
+                stos(b, value, n, size as usize);
+            }
+        }
+        left -= n;
+        to = to.wrapping_add(done);
+        if moves {
+            from = from.wrapping_add(done);
+        }
+        if v.cpu().pending.load(Ordering::Relaxed) != 0 {
+            break;
+        }
+    }
+    let c = v.cpu_mut();
+    (c.gpr[1], c.gpr[SI], c.gpr[DI]) = (left, from, to);
+}
+
 pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
+    if let Some((size, moves)) = flat(i) {
+        let c = v.cpu();
+        if c.code64() && c.df == 0 && c.eflags & TF == 0 && !v.armed.data && !v.aligned() {
+            sweep(v, size, moves);
+            if v.cpu().gpr[1] == 0 {
+                return Ok(Flow::Next);
+            }
+        }
+    }
     let o = operands(i);
     if !o.rep {
         one(v, i, &o)?;
