@@ -19,7 +19,7 @@ impl Block<'_> {
                 _ => self.direct_function(),
             };
         }
-        match self.random.below(13) {
+        match self.random.below(15) {
             0..=3 => self.conditional(),
             4 => self.jump_over(),
             5 => self.counted_loop(),
@@ -28,6 +28,7 @@ impl Block<'_> {
             8 | 9 => self.function(),
             10 => self.indirect(),
             11 => self.through_memory(),
+            12 | 13 => self.walk(),
             _ => self.push_and_return(),
         }
     }

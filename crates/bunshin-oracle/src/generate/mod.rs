@@ -10,6 +10,7 @@ pub mod pool;
 pub mod registers;
 mod rewrite;
 mod system;
+mod walks;
 mod writers;
 
 use crate::arena::{CODE, CODE_LENGTH, PAGE};
