@@ -273,6 +273,17 @@ impl Asm {
         self.b(&[v]);
     }
 
+    /// `cmp qword gs:[off], imm8`
+    pub fn cmp64_imm8(&mut self, off: u32, v: u8) {
+        self.gs(true, &[0x83], 7, off);
+        self.b(&[v]);
+    }
+
+    /// `cmp reg64, gs:[off]`
+    pub fn cmp_gs(&mut self, reg: u8, off: u32) {
+        self.gs(true, &[0x3b], reg, off);
+    }
+
     /// `inc dword gs:[off]`
     pub fn increment32(&mut self, off: u32) {
         self.gs(false, &[0xff], 0, off);
@@ -315,6 +326,17 @@ impl Asm {
     /// `sub to, from`
     pub fn sub(&mut self, to: u8, from: u8) {
         self.b(&[0x48 | ((from >> 3) << 2) | (to >> 3), 0x29, 0xc0 | ((from & 7) << 3) | (to & 7)]);
+    }
+
+    pub fn not(&mut self, reg: u8) {
+        self.b(&[0x48 | (reg >> 3), 0xf7, 0xd0 | (reg & 7)]);
+    }
+
+    /// `shr reg64, n`; nothing for 0.
+    pub fn shr(&mut self, reg: u8, n: u8) {
+        if n != 0 {
+            self.b(&[0x48 | (reg >> 3), 0xc1, 0xe8 | (reg & 7), n]);
+        }
     }
 
     // --- registers ----------------------------------------------------------

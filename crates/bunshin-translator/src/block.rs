@@ -61,6 +61,12 @@ pub struct Heat {
     pub since: u64,
     /// Guest instruction (offset from the block's start) and slot.
     pub slots: Vec<(i16, u32)>,
+    /// Those of them whose tag is a bound.
+    pub bounds: Vec<u32>,
+    /// All slots of the block.
+    pub taken: Vec<u32>,
+    /// It is one stretch that is a loop by itself.
+    pub single: bool,
     /// Slot whose count is the one of entries.
     pub entries: Option<u32>,
     pub lesson: Lesson,
@@ -277,7 +283,7 @@ impl Vcpu {
         let mut at = std::mem::replace(&mut b.incoming, NONE);
         b.relied = Vec::new();
         if let Some(h) = b.heat.take() {
-            self.regions.give_back(h.slots.iter().map(|s| s.1).chain(h.entries));
+            self.regions.give_back(h.taken.iter().copied());
         }
         while at != NONE {
             let s = &mut self.blocks.sites[at as usize];

@@ -22,7 +22,10 @@ pub const SLOT_D: u32 = 0x22_0000;
 pub const SLOTS: usize = 0x2000;
 /// `SLOT_T` of an empty slot: it fits addresses only that are not canonical,
 /// which the host processor refuses, as the guest's would.
+/// Of a bound it is the least number.
 pub const NO_PAGE: u64 = 1 << 63;
+/// `SLOT_D` of a slot whose tag is no page but a bound.
+pub const IS_BOUND: u64 = u64::MAX;
 /// Bytes of address space that a region takes.
 pub const REGION: usize = 0x23_0000;
 /// Bytes of the processor page and its neighbours (XSAVE area, bounce buffer).
@@ -126,6 +129,8 @@ pub struct Cpu {
     pub group: u64,
     /// rax, rcx, rdx and the flags while a slot is filled.
     pub refill: [u64; 4],
+    /// r8 to r10 and the limit so far while a bound is found.
+    pub bound: [u64; 4],
     /// Host addresses that timer signals found hot, and how many.
     pub samples: [u64; SAMPLES],
     pub sampled: u32,
@@ -215,7 +220,7 @@ pub mod at {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
         IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
         HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill;
-        SCRATCH = scratch; AWAY = away; TMP = tmp; BY_HAND = by_hand; TMP2 = tmp2; REFILLS = refills;
+        SCRATCH = scratch; BOUND = bound; AWAY = away; TMP = tmp; BY_HAND = by_hand; TMP2 = tmp2; REFILLS = refills;
         VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;
         FN_LINK = fn_link; FN_HELPER = fn_helper; SEG_BASE = seg_base; XMM = xmm; XSAVE = xsave;
         TSC_OFFSET = tsc_offset; KERNEL_GS_BASE = kernel_gs_base;

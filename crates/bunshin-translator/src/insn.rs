@@ -337,8 +337,8 @@ pub fn encode(p: &Parts, bytes: &[u8], r: &Renamed, out: &mut Vec<u8>) {
     if let Some(m) = p.modrm {
         let reg = low_reg << 3;
         if let Some(Mem { base, index, disp }) = r.mem {
-            // A base of r12 or rsp needs an index, rbp and r13 a displacement.
-            debug_assert!(base & 7 != 4 || index.is_some());
+            // A base of r12 or rsp needs an index, be it none, rbp and r13 a displacement.
+            let index = index.or((base & 7 == 4).then_some(4));
             // EVEX scales byte displacements; write those whole.
             let (mode, bytes) = match disp {
                 0 if base & 7 != 5 => (0, 0),

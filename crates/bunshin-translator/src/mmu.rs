@@ -336,6 +336,21 @@ impl Region {
             let page = t.wrapping_neg();
             *t = if page >= from && page <= to { NO_PAGE } else { *t };
         }
+        if (from, to) != (0, u64::MAX) {
+            self.flush_bounds();
+        }
+    }
+
+    /// Forget how far loops may go: the pages behind their bounds are not known.
+    fn flush_bounds(&mut self) {
+        for n in 0..self.slots as u64 {
+            // SAFETY: as in `flush_slots`.
+            unsafe {
+                if *((self.base + u64::from(SLOT_D) + 8 * n) as *const u64) == IS_BOUND {
+                    *((self.base + u64::from(SLOT_T) + 8 * n) as *mut u64) = NO_PAGE;
+                }
+            }
+        }
     }
 
     /// The gpa behind `va`, if the last device lies there.
@@ -360,7 +375,7 @@ impl Region {
             unsafe {
                 let tag = (self.base + u64::from(SLOT_T) + 8 * n) as *mut u64;
                 let way = *((self.base + u64::from(SLOT_D) + 8 * n) as *const u64);
-                if *tag != NO_PAGE && way.wrapping_sub(*tag) == host {
+                if *tag != NO_PAGE && (way.wrapping_sub(*tag) == host || way == IS_BOUND) {
                     *tag = NO_PAGE;
                 }
             }
@@ -621,6 +636,15 @@ impl Regions {
             r.slots = n + 1;
         }
         Some(n as u32)
+    }
+
+    /// A slot whose tag is a bound.
+    pub fn take_bound(&mut self) -> Option<u32> {
+        let n = self.take_slot()?;
+        for r in &mut self.all[1..] {
+            r.set(SLOT_D, n as u16, IS_BOUND);
+        }
+        Some(n)
     }
 }
 

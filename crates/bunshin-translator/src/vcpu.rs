@@ -205,6 +205,10 @@ const POINTS: usize = 4_000_000;
 const CACHE: usize = 96 << 20;
 /// A slot is given up that changes its page more often than once in so many ticks.
 const RESTLESS: u64 = 100;
+/// Finding a bound is cheaper, and is done instead of many looks at slots.
+const RESTLESS_BOUND: u64 = 12;
+/// A loop that is entered more often than once in so many ticks is part of a larger one.
+const SHORT: u64 = 60;
 /// A loop that is entered more often than once in so many ticks is none.
 const STRAIGHT: u64 = 60;
 /// Processor time between two samples, nanoseconds.
@@ -514,14 +518,23 @@ impl Vcpu {
         let refills = unsafe { &mut (*cpu).refills };
         let now = clock::rdtsc();
         let ticks = now - std::mem::replace(&mut h.since, now);
-        let mut often = |n: u32, most| ticks < most * u64::from(std::mem::take(&mut refills[n as usize]));
+        let often = |n: u32, most| ticks < most * u64::from(refills[n as usize]);
         let mut lesson = h.lesson.clone();
         for &(guest, n) in &h.slots {
-            if often(n, RESTLESS) && !lesson.restless.contains(&guest) {
+            let most = if h.bounds.contains(&n) { RESTLESS_BOUND } else { RESTLESS };
+            if often(n, most) && !lesson.restless.contains(&guest) {
                 lesson.restless.push(guest);
             }
         }
-        lesson.straight |= h.entries.is_some_and(|n| often(n, STRAIGHT));
+        let entered = |most| h.entries.is_some_and(|n| often(n, most));
+        if h.single {
+            lesson.short |= entered(SHORT);
+        } else {
+            lesson.straight |= entered(STRAIGHT);
+        }
+        for &n in &h.taken {
+            refills[n as usize] = 0;
+        }
         (lesson != h.lesson).then_some(lesson)
     }
 

@@ -1,4 +1,5 @@
 //! Neighbouring accesses off one base register that share one probe.
+use super::bound::step;
 use super::*;
 
 /// Neighbouring accesses off one base register that share one probe.
@@ -52,7 +53,7 @@ impl Group {
         let i = &item.insn;
         let mut touched = item.writes;
         let base = self.base.map_or(0, |b| 1u16 << b);
-        let by = match i.mnemonic() {
+        let moved = match i.mnemonic() {
             M::Push | M::Pop | M::Call | M::Ret if self.base == Some(4) => {
                 // A pop into the stack pointer itself is not a move by 8.
                 if i.mnemonic() == M::Pop
@@ -61,26 +62,11 @@ impl Group {
                 {
                     return false;
                 }
-                Some(i64::from(i.stack_pointer_increment()))
+                Some((4, i64::from(i.stack_pointer_increment())))
             }
-            M::Add | M::Sub
-                if i.op0_kind() == OpKind::Register
-                    && i.op0_register().is_gpr64()
-                    && i.op1_kind() != OpKind::Register
-                    && i.op1_kind() != OpKind::Memory =>
-            {
-                let v = i.immediate(1) as i64;
-                (v.unsigned_abs() < 0x1_0000).then_some(if i.mnemonic() == M::Add { v } else { -v })
-            }
-            M::Inc if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64() => Some(1),
-            M::Dec if i.op0_kind() == OpKind::Register && i.op0_register().is_gpr64() => Some(-1),
-            _ => None,
+            _ => step(i),
         };
-        if let Some(by) = by {
-            let moved = match i.mnemonic() {
-                M::Push | M::Pop | M::Call | M::Ret => 4,
-                _ => gpr_number(i.op0_register()).map_or(16, |g| g.0),
-            };
+        if let Some((moved, by)) = moved {
             if Some(moved) == self.base {
                 self.shift += by;
                 touched &= !base;
@@ -180,6 +166,9 @@ impl Unit<'_> {
             let i = &item.insn;
             if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
                 break;
+            }
+            if self.is_bound(i.ip().wrapping_sub(self.rip) as i16) {
+                continue;
             }
             for s in self.spots(item).into_iter().flatten() {
                 if s.base != first.base || s.index != first.index {

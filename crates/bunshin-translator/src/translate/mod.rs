@@ -47,6 +47,7 @@
 //! Where many accesses follow, `lahf; seto al` saves the flags to `cpu.lazy`
 //! once, the first form serves all of them, and `add al, 0x7f; sahf` brings the
 //! flags back before they are needed.
+mod bound;
 mod copy;
 mod exits;
 mod group;
@@ -73,6 +74,7 @@ use iced_x86::{
     OpAccess, OpKind, Register,
 };
 
+use bound::Bound;
 use copy::short_count;
 use group::Group;
 use group::Spot;
@@ -101,6 +103,8 @@ pub struct Lesson {
     /// Instructions (offsets from the block's start) that change pages too often
     /// for slots.
     pub restless: Vec<i16>,
+    /// Its loop by itself is left too soon: it is part of a larger one.
+    pub short: bool,
     /// Its loop is hardly ever taken.
     pub straight: bool,
 }
@@ -183,6 +187,8 @@ struct Unit<'a> {
     pinned_slots: Vec<(u32, u8)>,
     /// Instructions whose first operand has one of them.
     pins: Vec<(i16, u32)>,
+    /// What serves operands of a loop together.
+    bounds: Vec<Bound>,
     flags: Flags,
     points: Vec<(Label, Point)>,
     /// Places of the rel32, the stub and its jump, target, whether pages differ, version.
@@ -195,8 +201,9 @@ struct Unit<'a> {
     group: Option<Group>,
     /// Frequent code: worth slots.
     hot: bool,
-    /// Slots of this block, and the instructions that they serve.
+    /// Slots whose refills are counted and the instructions that they serve; all slots.
     slots: Vec<(i16, u32)>,
+    taken: Vec<u32>,
     lesson: Lesson,
     /// The slot whose count of refills counts how often the plan is entered.
     entries: Option<u32>,
@@ -373,6 +380,7 @@ impl Vcpu {
             homes: Homes::default(),
             pinned_slots: Vec::new(),
             pins: Vec::new(),
+            bounds: Vec::new(),
             flags: Flags::Host,
             points: Vec::with_capacity(32),
             sites: Vec::new(),
@@ -385,6 +393,7 @@ impl Vcpu {
             group: None,
             hot,
             slots: Vec::new(),
+            taken: Vec::new(),
             lesson,
             entries: None,
             cache: [None; 3],
@@ -398,16 +407,24 @@ impl Vcpu {
         };
         u.a.clear();
         let mut plan = vec![Stretch { ip: rip, items, live_out: ALL }];
+        let mut single = false;
         if hot && !u.lesson.straight {
             u.explore(&mut plan, gpa);
-            Unit::focus(&mut plan);
-            u.settle(&plan);
+            single = plan[0].turns() && !u.lesson.short;
+            if single {
+                plan.truncate(1);
+            } else {
+                Unit::focus(&mut plan);
+            }
         }
         if u.v.exact_flags {
             // Even what faults shows the flags as they were before it.
             plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
         } else {
             u.liveness(&mut plan, second.is_some());
+        }
+        if hot && !u.lesson.straight {
+            u.settle(&plan);
         }
         u.order = plan.iter().map(|s| s.ip).collect();
         u.entry();
@@ -423,9 +440,13 @@ impl Vcpu {
         }
         u.reached |= (rip & 0xfff) + u64::from(guest_length) > 4096;
         let reached = u.reached;
-        let Unit { a, points, sites, relied, info, slots, lesson, entries, homes, patches, reach, .. } = u;
+        let (users, bounds) = u.bound_users();
+        u.slots.extend(users);
+        let Unit {
+            a, points, sites, relied, info, slots, taken, lesson, entries, homes, patches, reach, ..
+        } = u;
         let end = plan.iter().map(|s| s.last().next_ip().wrapping_sub(1)).max().unwrap_or(0);
-        for n in slots.iter().map(|s| s.1).chain(entries) {
+        for &n in &taken {
             self.cpu_mut().refills[n as usize] = 0;
         }
         self.asm = a;
@@ -473,7 +494,7 @@ impl Vcpu {
             incoming: NONE,
             moved: homes.moved().into(),
             patches: patches.iter().map(|&(l, p)| Patch { host: place(l), ..p }).collect(),
-            heat: hot.then_some(Heat { since: started, slots, entries, lesson }),
+            heat: hot.then_some(Heat { since: started, slots, bounds, taken, single, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
         for page in [Some(page), second.map(|s| s.page)].into_iter().flatten() {
@@ -529,6 +550,7 @@ impl Vcpu {
             homes: Homes::default(),
             pinned_slots: Vec::new(),
             pins: Vec::new(),
+            bounds: Vec::new(),
             flags: Flags::Host,
             points: Vec::new(),
             sites: Vec::new(),
@@ -541,6 +563,7 @@ impl Vcpu {
             group: None,
             hot: false,
             slots: Vec::new(),
+            taken: Vec::new(),
             lesson: Lesson::default(),
             entries: None,
             cache: [None; 3],

@@ -25,7 +25,7 @@ impl Stretch {
     }
 
     /// Where it goes on, as far as that is written in it; first what lies behind it.
-    fn successors(&self) -> [Option<u64>; 2] {
+    pub(super) fn successors(&self) -> [Option<u64>; 2] {
         let last = self.last();
         match last.flow_control() {
             FlowControl::UnconditionalBranch if near(last) => [Some(last.near_branch_target()), None],
@@ -59,6 +59,10 @@ impl Homes {
         pinned(n).or_else(|| self.moved.iter().find(|m| m.guest == Some(n)).map(|m| m.host))
     }
 
+    pub(super) fn lend(&mut self, to: Moved) {
+        self.moved.push(to);
+    }
+
     pub fn moved(&self) -> &[Moved] {
         &self.moved
     }
@@ -70,7 +74,7 @@ impl Unit<'_> {
         self.homes.of(n)
     }
 
-    /// Into the plan: moved registers take their new homes. Flags stay.
+    /// Into the plan: moved registers take their new homes. Uses r8; flags stay.
     pub(super) fn arrive(&mut self) {
         for k in 0..self.homes.moved.len() {
             let m = self.homes.moved[k];
@@ -83,6 +87,7 @@ impl Unit<'_> {
             let (n, host) = self.pinned_slots[k];
             self.a.load(host, SLOT_D + 8 * n);
         }
+        self.empty_bounds();
     }
 
     /// A loop that is entered as often as it turns is none. Flags stay.
@@ -127,13 +132,17 @@ impl Unit<'_> {
                 _ => gpa & !0xfff,
             };
             let key = Key { gpa: page | ip & 0xfff, va: ip, mode: self.mode };
-            if left == 0 || plan.len() == STRETCHES || !self.v.blocks.index.contains_key(&key) {
+            if left == 0 || plan.len() == STRETCHES {
                 continue;
             }
+            let Some(&id) = self.v.blocks.index.get(&key) else { continue };
+            let short = self.v.blocks.all[id as usize].heat.as_ref().is_some_and(|h| h.lesson.short);
             let limit = self.code_limit;
             let items = decode_stretch(self.bytes, offset, ip, self.bits, limit, &mut self.info);
-            if !items.is_empty() {
-                plan.push(Stretch { ip, items, live_out: ALL });
+            let s = Stretch { ip, items, live_out: ALL };
+            // A loop by itself does better alone, unless it is left too soon.
+            if !s.items.is_empty() && (short || !s.turns()) {
+                plan.push(s);
             }
         }
     }
@@ -222,9 +231,16 @@ impl Unit<'_> {
         let mut wanted: Vec<u8> = (8..12).filter(|&n| uses[usize::from(n)] > 0).collect();
         wanted.sort_by_key(|&n| std::cmp::Reverse(uses[usize::from(n)]));
         self.entries = self.v.regions.take_slot();
+        self.taken.extend(self.entries);
         for n in wanted {
             let Some(host) = free.pop() else { return };
             self.homes.moved.push(Moved { host, guest: Some(n), written: written >> n & 1 != 0 });
+        }
+        if let [only] = plan {
+            if only.turns() {
+                self.bind(only);
+                self.pin_bounds(&mut free);
+            }
         }
         // What is left holds the ways of operands, one for each address register.
         for s in plan {
@@ -232,12 +248,13 @@ impl Unit<'_> {
             for i in &s.items {
                 let Some(key) = self.pin_key(i) else { continue };
                 let guest = i.insn.ip().wrapping_sub(self.rip) as i16;
-                if seen.contains(&key) || self.lesson.restless.contains(&guest) {
+                if seen.contains(&key) || self.lesson.restless.contains(&guest) || self.is_bound(guest) {
                     continue;
                 }
                 let Some(host) = free.pop() else { return };
                 seen.push(key);
                 let Some(n) = self.v.regions.take_slot() else { return };
+                self.taken.push(n);
                 self.slots.push((guest, n));
                 self.pins.push((guest, n));
                 self.pinned_slots.push((n, host));

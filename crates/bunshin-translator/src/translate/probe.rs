@@ -59,6 +59,11 @@ impl Unit<'_> {
     /// are free afterwards.
     pub(super) fn probe(&mut self, place: Place, size: u32, write: bool, live: u32) -> Mem {
         self.ahead = self.ahead.saturating_sub(1);
+        if let Place::Operand(i) = place {
+            if let Some(m) = self.bounded(i, live) {
+                return m;
+            }
+        }
         let spot = self.spot(place, size, write);
         if let (Some(s), Some(g)) = (spot, self.group) {
             if g.covers(&s) {
@@ -150,6 +155,7 @@ impl Unit<'_> {
             return Some(self.pins.swap_remove(k).1);
         }
         let n = self.v.regions.take_slot()?;
+        self.taken.push(n);
         self.slots.push((self.guest, n));
         Some(n)
     }
