@@ -221,7 +221,7 @@ impl Vcpu {
             Some(id) => {
                 let b = &self.blocks.all[id as usize];
                 let r = &mut self.regions.all[self.region];
-                r.jc_set(rip, b.checked, self.stubs.lookup);
+                r.jc_set(rip, (b.checked, b.body), self.stubs.lookup);
                 if let Some((second, _)) = b.second {
                     r.runs_in(second);
                 }

@@ -9,6 +9,7 @@ use crate::asm::*;
 use crate::cache::CodeCache;
 use crate::cpu::{at, exit, CPU_BYTES, HOST, JC, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::insn::Mem;
+use crate::overflow;
 use crate::perf_map;
 use crate::vector::{self, Means};
 
@@ -348,6 +349,7 @@ impl Stubs {
         };
         s.lookup = put(&mut |a| {
             flags_to_lazy(a);
+            overflow::look(a, lazy_to_flags);
             save(a, &VOLATILE[1..]);
             a.store(at::RIP, S0);
             a.store32_imm(at::ARG, NO_SITE);
