@@ -11,8 +11,9 @@
 //! ```
 //!
 //! The guest's r8-r11 live in memory at `gs:[gpr + 8 n]`.
-//! A block is written into two sections, hot and cold, joined by `finish`.
+//! A block is written into two sections, hot and cold, which the code cache keeps apart.
 
+use crate::cache::CodeCache;
 use crate::insn::Mem;
 
 pub const RAX: u8 = 0;
@@ -111,14 +112,14 @@ impl Asm {
     }
 
     /// Bytes that the finished block takes.
-    pub fn length(&self) -> usize {
+    fn length(&self) -> usize {
         self.hot.len() + self.cold.len()
     }
 
-    /// Write the block for execution at host address `at`.
-    pub fn finish(&mut self, at: u64, out: &mut [u8]) {
-        let cold_at = self.hot.len() as u64;
-        let place = |l: &Label| at + u64::from(l.1) + if l.0 == Section::Cold { cold_at } else { 0 };
+    /// Resolve all jumps for execution at host address `at`, of the cold section at
+    /// `cold_at`. `hot` and `cold` may be copied there then.
+    fn settle(&mut self, at: u64, cold_at: u64) {
+        let place = |l: &Label| u64::from(l.1) + if l.0 == Section::Cold { cold_at } else { at };
         for f in &self.fixups {
             let from = place(&Label(f.section, f.at)) + 4;
             let to = match &f.target {
@@ -131,8 +132,27 @@ impl Asm {
             let buf = if f.section == Section::Cold { &mut self.cold } else { &mut self.hot };
             buf[f.at as usize..f.at as usize + 4].copy_from_slice(&(rel as i32).to_le_bytes());
         }
-        out[..self.hot.len()].copy_from_slice(&self.hot);
-        out[self.hot.len()..self.hot.len() + self.cold.len()].copy_from_slice(&self.cold);
+    }
+
+    /// Write the code to `cache`, cold section and all in one place, and return its
+    /// address.
+    pub fn put(&mut self, cache: &mut CodeCache) -> u64 {
+        let at = cache.next();
+        let hot = self.hot.len();
+        self.settle(at, at + hot as u64);
+        let out = cache.take(self.length());
+        out[..hot].copy_from_slice(&self.hot);
+        out[hot..].copy_from_slice(&self.cold);
+        at
+    }
+
+    /// Write the code to `cache` and return its address and the cold section's.
+    pub fn put_apart(&mut self, cache: &mut CodeCache) -> (u64, u64) {
+        let (at, cold_at) = (cache.next(), cache.cold() - self.cold.len() as u64);
+        self.settle(at, cold_at);
+        cache.take(self.hot.len()).copy_from_slice(&self.hot);
+        cache.take_cold(self.cold.len()).copy_from_slice(&self.cold);
+        (at, cold_at)
     }
 
     // --- control flow -----------------------------------------------------

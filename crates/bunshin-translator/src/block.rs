@@ -84,8 +84,12 @@ pub struct Block {
     pub moved: Box<[Moved]>,
     /// Of hot code only.
     pub heat: Option<Heat>,
+    /// Address of the code that runs often, and its length; the same for the rest. In
+    /// offsets from the block's first byte the second follows the first.
     pub host: u64,
     pub host_length: u32,
+    pub cold: u64,
+    pub cold_length: u32,
     /// Entry for indirect jumps: checks that r8 is this block's rip.
     pub checked: u64,
     /// Entry for linked jumps.
@@ -128,7 +132,7 @@ pub struct Site {
 pub const NONE: u32 = u32::MAX;
 
 pub struct Blocks {
-    /// In order of host address.
+    /// In order of host address, and of falling addresses of cold code.
     pub all: Vec<Block>,
     pub index: NumberMap<Key, u32>,
     /// Live blocks by page (index in `Phys::pages`).
@@ -156,14 +160,36 @@ impl Default for Blocks {
 impl Blocks {
     /// The block that holds host address `pc`, and the point at or before it.
     pub fn locate(&self, pc: u64) -> Option<(&Block, Point)> {
-        let n = self.all.partition_point(|b| b.host <= pc);
-        let b = self.all.get(n.checked_sub(1)?)?;
-        let off = pc - b.host;
-        if off >= u64::from(b.host_length) {
-            return None;
-        }
-        let p = b.points.partition_point(|p| u64::from(p.host) <= off);
+        let cold = self.all.last().is_some_and(|b| pc >= b.cold);
+        let n = if cold {
+            self.all.partition_point(|b| b.cold > pc)
+        } else {
+            self.all.partition_point(|b| b.host <= pc).checked_sub(1)?
+        };
+        let b = self.all.get(n)?;
+        let off = b.offset(pc)?;
+        let p = b.points.partition_point(|p| p.host <= off);
         Some((b, *b.points.get(p.checked_sub(1)?)?))
+    }
+}
+
+impl Block {
+    /// Offset of a host address in the block.
+    fn offset(&self, pc: u64) -> Option<u32> {
+        let inside = |from, length| {
+            let off = pc.wrapping_sub(from);
+            (off < u64::from(length)).then_some(off as u32)
+        };
+        inside(self.host, self.host_length)
+            .or_else(|| inside(self.cold, self.cold_length).map(|off| off + self.host_length))
+    }
+
+    /// Host address of an offset in the block.
+    pub fn address(&self, offset: u32) -> u64 {
+        match offset.checked_sub(self.host_length) {
+            Some(cold) => self.cold + u64::from(cold),
+            None => self.host + u64::from(offset),
+        }
     }
 }
 
@@ -201,7 +227,7 @@ impl Vcpu {
             Some(id) => {
                 let b = &self.blocks.all[id as usize];
                 let r = &mut self.regions.all[self.region];
-                r.jc_set(rip, b.checked, self.stubs.lookup);
+                r.jc_set(rip, (b.checked, b.body), self.stubs.lookup);
                 if let Some((second, _)) = b.second {
                     r.runs_in(second);
                 }

@@ -2,7 +2,8 @@
 //!
 //! Translations are written through one mapping (read, write) and run through
 //! the other (read, execute), so no page can be written and executed at the
-//! same address. The memory is anonymous, since that is where `perf` expects
+//! same address. What runs often grows from the bottom, what runs seldom from the
+//! top, so that the host's instruction cache holds none of it. The memory is anonymous, since that is where `perf` expects
 //! code that somebody else names (`perf_map.rs`).
 use bunshin_core::{EngineError, Result};
 
@@ -11,6 +12,8 @@ pub struct CodeCache {
     rx: *mut u8,
     size: usize,
     used: usize,
+    /// Cold code lies from here to the end.
+    cold: usize,
     /// Stubs lie below; a flush keeps them.
     floor: usize,
 }
@@ -47,7 +50,7 @@ impl CodeCache {
                 libc::munmap(rx, size);
                 return Err(error);
             }
-            Ok(Self { rw: rw.cast(), rx: rx.cast(), size, used: 0, floor: 0 })
+            Ok(Self { rw: rw.cast(), rx: rx.cast(), size, used: 0, cold: size, floor: 0 })
         }
     }
 
@@ -61,12 +64,17 @@ impl CodeCache {
         self.rx as u64 + self.used as u64
     }
 
+    /// Executable address of the lowest byte of cold code.
+    pub fn cold(&self) -> u64 {
+        self.rx as u64 + self.cold as u64
+    }
+
     pub fn room(&self) -> usize {
-        self.size - self.used
+        self.cold - self.used
     }
 
     pub fn used(&self) -> usize {
-        self.used
+        self.size - self.room()
     }
 
     /// The next `length` bytes, writable; they are taken.
@@ -74,9 +82,17 @@ impl CodeCache {
         assert!(length <= self.room());
         let at = self.used;
         self.used = (self.used + length + 15) & !15;
-        self.used = self.used.min(self.size);
+        self.used = self.used.min(self.cold);
         // SAFETY: inside the mapping; nobody else holds this part.
         unsafe { std::slice::from_raw_parts_mut(self.rw.add(at), length) }
+    }
+
+    /// The `length` bytes below all cold code, writable; they are taken.
+    pub fn take_cold(&mut self, length: usize) -> &mut [u8] {
+        assert!(length <= self.room());
+        self.cold -= length;
+        // SAFETY: as in `take`.
+        unsafe { std::slice::from_raw_parts_mut(self.rw.add(self.cold), length) }
     }
 
     /// Everything written so far stays for ever.
@@ -86,12 +102,15 @@ impl CodeCache {
 
     /// Forget all translations. The pages go back to the host.
     pub fn flush(&mut self) {
-        let from = (self.floor + 4095) & !4095;
-        if self.used > from {
-            // SAFETY: inside the mapping.
-            unsafe { libc::madvise(self.rw.add(from).cast(), self.used - from, libc::MADV_REMOVE) };
+        let floor = (self.floor + 4095) & !4095;
+        let cold = (self.cold & !4095).max(floor);
+        for (from, to) in [(floor, self.used), (cold, self.size)] {
+            if to > from {
+                // SAFETY: inside the mapping.
+                unsafe { libc::madvise(self.rw.add(from).cast(), to - from, libc::MADV_REMOVE) };
+            }
         }
-        self.used = self.floor;
+        (self.used, self.cold) = (self.floor, self.size);
     }
 
     /// Write over code at executable address `at`.

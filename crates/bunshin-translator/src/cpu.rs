@@ -7,7 +7,9 @@
 //! gs + HOST       64 Ki host page addresses                 | (mmu.rs)
 //! gs + JC         64 Ki code addresses by low bits of rip  |
 //! gs + SLOT_T     8 Ki page addresses that hot code met     |
-//! gs + SLOT_D     last, negated, and their way to the host /
+//! gs + SLOT_D     last, negated, and their way to the host |
+//! gs + OVER_RIP   2 Ki targets that the jump cache missed   |
+//! gs + OVER_CODE  (overflow.rs), and their code            /
 //! ```
 use std::mem::offset_of;
 use std::sync::atomic::AtomicU32;
@@ -18,6 +20,8 @@ pub const HOST: u32 = 0x11_0000;
 pub const JC: u32 = 0x19_0000;
 pub const SLOT_T: u32 = 0x21_0000;
 pub const SLOT_D: u32 = 0x22_0000;
+pub const OVER_RIP: u32 = 0x23_0000;
+pub const OVER_CODE: u32 = 0x23_8000;
 /// Slots of a region: the pages that single places in hot code met last.
 pub const SLOTS: usize = 0x2000;
 /// `SLOT_T` of an empty slot: it fits addresses only that are not canonical,
@@ -27,7 +31,7 @@ pub const NO_PAGE: u64 = 1 << 63;
 /// `SLOT_D` of a slot whose tag is no page but a bound.
 pub const IS_BOUND: u64 = u64::MAX;
 /// Bytes of address space that a region takes.
-pub const REGION: usize = 0x23_0000;
+pub const REGION: usize = 0x24_0000;
 /// Bytes of the processor page and its neighbours (XSAVE area, bounce buffer).
 pub const CPU_BYTES: usize = 0x1_0000;
 

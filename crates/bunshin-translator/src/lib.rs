@@ -19,6 +19,7 @@ mod insn;
 mod interp;
 mod mmu;
 mod msr;
+mod overflow;
 mod pages;
 pub mod perf_map;
 mod recipe;

@@ -12,6 +12,7 @@
 //! A page that holds translations, or is read-only memory, never gets a store
 //! tag: stores to it take the slow path (`slow.rs`).
 use crate::cpu::*;
+use crate::overflow::Overflow;
 use crate::pages::Pages;
 use crate::shared::Crew;
 use crate::vcpu::Vcpu;
@@ -246,6 +247,7 @@ pub struct Region {
     /// Entries of user pages (region 0 only).
     kuser: Vec<u16>,
     jc_used: Vec<u16>,
+    overflow: Overflow,
     /// Pages (low 16 bits of the page number) that jump cache entries lie in.
     exec: Box<[u64; 1024]>,
     /// 2 MiB ranges with entries that came from larger pages.
@@ -419,10 +421,12 @@ impl Region {
             self.set(JC, self.jc_used[k], miss);
         }
         self.jc_used.clear();
+        self.overflow.clear();
         zero(&mut self.exec[..]);
     }
 
-    pub fn jc_set(&mut self, va: u64, code: u64, miss: u64) {
+    /// Indirect jumps to `va` go to `checked`, which looks at the address, or to `body`.
+    pub fn jc_set(&mut self, va: u64, (checked, body): (u64, u64), miss: u64) {
         if self.jc_used.len() == JOURNAL {
             self.flush_jc(miss);
         }
@@ -430,7 +434,8 @@ impl Region {
         if self.get(JC, index) == miss {
             self.jc_used.push(index);
         }
-        self.set(JC, index, code);
+        self.set(JC, index, checked);
+        self.overflow.insert(va, body);
         self.runs_in(va);
     }
 
@@ -440,11 +445,12 @@ impl Region {
         self.exec[page >> 6] |= 1 << (page & 63);
     }
 
-    /// Drop the jump cache entry for `va` if it leads to `code`.
+    /// Drop the jump cache's entries for `va`, the first if it leads to `code`.
     pub fn jc_drop(&mut self, va: u64, code: u64, miss: u64) {
         if self.get(JC, va as u16) == code {
             self.set(JC, va as u16, miss);
         }
+        self.overflow.remove(va);
     }
 
     /// INVLPG; true when jump cache entries lay in the page.
@@ -547,6 +553,7 @@ impl Regions {
                     nonglobal: Vec::with_capacity(JOURNAL),
                     kuser: Vec::with_capacity(JOURNAL),
                     jc_used: Vec::with_capacity(JOURNAL),
+                    overflow: Overflow::new(area as u64 + off as u64, (area as usize + off + REGION) as u64),
                     exec: Box::new([0; 1024]),
                     large: Box::new([0; 8]),
                     huge: false,

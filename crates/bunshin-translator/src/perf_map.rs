@@ -19,8 +19,8 @@ struct Map {
     out: BufWriter<File>,
     /// Guest symbols by address.
     symbols: Vec<(u64, String)>,
-    /// Not written yet, since the next block may belong to it.
-    last: Option<Entry>,
+    /// Not written yet, since the next block may belong to it; of cold code likewise.
+    last: [Option<Entry>; 2],
 }
 
 struct Entry {
@@ -42,7 +42,7 @@ pub fn start(path: &Path, mut symbols: Vec<(u64, String)>) -> Result<()> {
     };
     let file = made.map_err(|e| EngineError::new("perf-map", format!("{}: {e}", path.display())))?;
     symbols.sort();
-    *map() = Some(Map { out: BufWriter::with_capacity(1 << 16, file), symbols, last: None });
+    *map() = Some(Map { out: BufWriter::with_capacity(1 << 16, file), symbols, last: [None, None] });
     ON.store(true, Ordering::Release);
     Ok(())
 }
@@ -53,18 +53,21 @@ pub fn is_on() -> bool {
     ON.load(Ordering::Relaxed)
 }
 
-/// Host code `[start, start + length)` was made of the guest code at `rip`.
-pub fn block(start: u64, length: u64, rip: u64, user: bool) {
+/// Host code of these addresses and lengths was made of the guest code at `rip`: what
+/// runs often, then the rest, which grows downwards.
+pub fn block(parts: [(u64, u64); 2], rip: u64, user: bool) {
     if let Some(map) = &mut *map() {
         let name = map.name(rip, user);
-        map.add(start, length, name);
+        for (n, (start, length)) in parts.into_iter().enumerate().filter(|p| p.1 .1 > 0) {
+            map.add(n, start, length, name.clone());
+        }
     }
 }
 
 /// Host code of our own.
 pub fn own(start: u64, length: u64, name: &str) {
     if let Some(map) = &mut *map() {
-        map.add(start, length, format!("[bunshin] {name}"));
+        map.add(0, start, length, format!("[bunshin] {name}"));
     }
 }
 
@@ -90,21 +93,31 @@ impl Map {
         }
     }
 
-    fn add(&mut self, start: u64, length: u64, name: String) {
-        if let Some(last) = &mut self.last {
+    fn add(&mut self, part: usize, start: u64, length: u64, name: String) {
+        if let Some(last) = self.last[part].as_mut().filter(|last| last.name == name) {
             // Blocks are aligned to 16 bytes.
-            if last.name == name && start >= last.end && start - last.end < 16 {
+            if start >= last.end && start - last.end < 16 {
                 last.end = start + length;
                 return;
             }
+            if start + length == last.start {
+                last.start = start;
+                return;
+            }
         }
-        self.write_last();
-        self.last = Some(Entry { start, end: start + length, name });
+        self.write(part);
+        self.last[part] = Some(Entry { start, end: start + length, name });
+    }
+
+    fn write(&mut self, part: usize) {
+        if let Some(Entry { start, end, name }) = self.last[part].take() {
+            let _ = writeln!(self.out, "{start:x} {:x} {name}", end - start);
+        }
     }
 
     fn write_last(&mut self) {
-        if let Some(Entry { start, end, name }) = self.last.take() {
-            let _ = writeln!(self.out, "{start:x} {:x} {name}", end - start);
+        for part in 0..self.last.len() {
+            self.write(part);
         }
     }
 }
@@ -120,13 +133,15 @@ mod tests {
         let kernel = 0xffff_ffff_8100_0000;
         start(&path, vec![(kernel + 0x40, "second".into()), (kernel, "first".into())]).unwrap();
         own(0x1000, 0x10, "enter");
-        block(0x2000, 0x15, kernel, false);
-        block(0x2020, 0x10, kernel + 0x3f, false); // next to it, the same function
-        block(0x2030, 0x10, kernel + 0x40, false);
-        block(0x3000, 0x10, kernel + 0x50, false); // the same function, elsewhere
-        block(0x4000, 8, kernel - 1, false);
-        block(0x5000, 8, kernel + 0x2_0000, false);
-        block(0x6000, 8, 0x55_1234, true);
+        block([(0x2000, 0x15), (0x9f00, 0x100)], kernel, false);
+        // next to it, the same function
+        block([(0x2020, 0x10), (0x9ee0, 0x20)], kernel + 0x3f, false);
+        block([(0x2030, 0x10), (0x9ee0, 0)], kernel + 0x40, false);
+        // the same function, elsewhere
+        block([(0x3000, 0x10), (0x9ed0, 0x10)], kernel + 0x50, false);
+        block([(0x4000, 8), (0x9ed0, 0)], kernel - 1, false);
+        block([(0x5000, 8), (0x9ed0, 0)], kernel + 0x2_0000, false);
+        block([(0x6000, 8), (0x9ed0, 0)], 0x55_1234, true);
         flush();
         let text = fs::read_to_string(&path).unwrap();
         assert!(!fs::symlink_metadata(&path).unwrap().is_symlink());
@@ -138,10 +153,12 @@ mod tests {
                 "1000 10 [bunshin] enter",
                 "2000 30 guest:first",
                 "2030 10 guest:second",
+                "9ee0 120 guest:first",
                 "3000 10 guest:second",
                 "4000 8 guest:0xffffffff80fff000",
                 "5000 8 guest:0xffffffff81020000",
                 "6000 8 user:0x551000",
+                "9ed0 10 guest:second",
             ]
         );
     }

@@ -111,7 +111,7 @@ impl Vcpu {
             for p in &b.patches {
                 let at = start + usize::from(p.guest);
                 let bytes = &page[at..at + usize::from(p.size)];
-                let host = b.host + u64::from(p.host);
+                let host = b.address(p.host);
                 if p.size == 8 {
                     self.cache.write(host, bytes);
                     continue;

@@ -9,6 +9,7 @@ use crate::asm::*;
 use crate::cache::CodeCache;
 use crate::cpu::{at, exit, CPU_BYTES, HOST, JC, NO_SITE, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::insn::Mem;
+use crate::overflow;
 use crate::perf_map;
 use crate::vector::{self, Means};
 
@@ -145,6 +146,39 @@ fn refill(a: &mut Asm, write: bool, miss: u64) {
     a.ret();
 }
 
+/// A shared check of r9d & 0xfff bytes at r8 that crosses a page cannot be served:
+/// return five bytes further on. Stack frames stay where they are for long, so this
+/// is no rare case. Uses r10.
+fn turn_back(a: &mut Asm, flags: bool) {
+    if flags {
+        a.store(at::REFILL, RAX);
+        a.lahf_seto();
+        a.store(at::REFILL + 8, RAX);
+    }
+    let restore = |a: &mut Asm| {
+        if flags {
+            a.load(RAX, at::REFILL + 8);
+            a.sahf_of();
+            a.load(RAX, at::REFILL);
+        }
+    };
+    a.store(at::GROUP, S1);
+    a.b(&[0x45, 0x89, 0xc2]); // mov r10d, r8d
+    a.b(&[0x41, 0x81, 0xe2]); // and r10d, 0xfff
+    a.d(0xfff);
+    a.b(&[0x41, 0x81, 0xe1]); // and r9d, 0xfff
+    a.d(0xfff);
+    a.add(S2, S1);
+    a.load(S1, at::GROUP);
+    a.cmp_imm(S2, 4096);
+    let inside = a.jcc_short(6);
+    a.b(&[0x48, 0x83, 0x04, 0x24, 5]); // add qword [rsp], 5
+    restore(a);
+    a.ret();
+    a.land(inside);
+    restore(a);
+}
+
 impl Stubs {
     /// Name the stubs, which lie from `first` to `end`, in the map for perf.
     pub fn tell(&self, first: u64, end: u64) {
@@ -181,11 +215,7 @@ impl Stubs {
         let mut put = |f: &mut dyn FnMut(&mut Asm)| {
             let mut a = Asm::default();
             f(&mut a);
-            let at = cache.next();
-            let n = a.length();
-            let out = cache.take(n);
-            a.finish(at, out);
-            at
+            a.put(cache)
         };
         let leave_at = put(&mut |a| leave(a, means));
         let exit_with = |a: &mut Asm, code: u32| {
@@ -230,6 +260,9 @@ impl Stubs {
         });
 
         let miss = |a: &mut Asm, flags: bool, group: bool| {
+            if group {
+                turn_back(a, flags);
+            }
             if flags {
                 flags_to_lazy(a);
                 save(a, &VOLATILE[1..]);
@@ -316,6 +349,7 @@ impl Stubs {
         };
         s.lookup = put(&mut |a| {
             flags_to_lazy(a);
+            overflow::look(a, lazy_to_flags);
             save(a, &VOLATILE[1..]);
             a.store(at::RIP, S0);
             a.store32_imm(at::ARG, NO_SITE);

@@ -494,10 +494,11 @@ impl Vcpu {
             let Some((b, _)) = self.blocks.locate(pc) else { continue };
             let key = b.key;
             // Now is another time: what runs may be another program.
-            if b.dead || key.mode != self.mode() || key.mode & mode::USER == 0 || self.cache_full() {
+            let usual = key.mode & !mode::ALONE == self.mode();
+            if b.dead || !usual || key.mode & mode::USER == 0 || self.cache_full() {
                 continue;
             }
-            let Some(id) = self.find_block(key.va, false) else { continue };
+            let Some(id) = self.find_block(key.va, key.mode & mode::ALONE != 0) else { continue };
             if self.blocks.all[id as usize].key.gpa != key.gpa {
                 continue;
             }
@@ -513,7 +514,9 @@ impl Vcpu {
     /// its slots and its loop fare.
     fn lesson(&mut self, id: u32) -> Option<Lesson> {
         let cpu = self.cpu;
-        let Some(h) = &mut self.blocks.all[id as usize].heat else { return Some(Lesson::default()) };
+        let b = &mut self.blocks.all[id as usize];
+        let alone = b.key.mode & mode::ALONE != 0;
+        let Some(h) = &mut b.heat else { return Some(Lesson { alone, ..Lesson::default() }) };
         // SAFETY: as in `cpu_mut`; `blocks` is no part of the page.
         let refills = unsafe { &mut (*cpu).refills };
         let now = clock::rdtsc();

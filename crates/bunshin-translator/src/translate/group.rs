@@ -20,6 +20,8 @@ pub(super) struct Group {
     /// the guest's own base register.
     pub(super) host: u8,
     pub(super) direct: bool,
+    /// Accesses still to come: after the last one another group may begin.
+    pub(super) left: u32,
 }
 
 /// Most bytes that a group covers: what crosses a page takes the other version.
@@ -161,6 +163,7 @@ impl Unit<'_> {
             write: false,
             host: S2,
             direct: false,
+            left: 0,
         };
         for item in self.items[self.now..].iter().take(REACH) {
             let i = &item.insn;
@@ -186,6 +189,6 @@ impl Unit<'_> {
                 break;
             }
         }
-        (count >= 2).then_some(Group { low, span: high - low, shift: 0, write, ..g })
+        (count >= 2).then_some(Group { low, span: high - low, shift: 0, write, left: count - 1, ..g })
     }
 }

@@ -107,6 +107,8 @@ pub struct Lesson {
     pub short: bool,
     /// Its loop is hardly ever taken.
     pub straight: bool,
+    /// It serves operands that cross a page (`Version::Alone`).
+    pub alone: bool,
 }
 
 /// Where the guest's arithmetic flags are.
@@ -280,7 +282,11 @@ impl Vcpu {
 
     /// None: the first page may have changed while others stood still for the second.
     fn translate_once(&mut self, rip: u64, version: &mut Version) -> Result<Option<u32>, Exception> {
-        let alone = *version == Version::Alone;
+        let alone = match version {
+            Version::First => false,
+            Version::Alone => true,
+            Version::Hot(lesson) => lesson.alone,
+        };
         let started = bunshin_core::clock::rdtsc();
         let code_limit = self.code_limit();
         if rip > code_limit {
@@ -307,7 +313,8 @@ impl Vcpu {
         window.extend_from_slice(unsafe { std::slice::from_raw_parts(host as *const u8, 4096) });
         let mut start = (va & 0xfff) as usize;
         let mut base = rip & !0xfff;
-        let neighbour = if hot { self.neighbour(rip) } else { None };
+        // The version without shared probes is found by links, which stay in a page.
+        let neighbour = if hot && !alone { self.neighbour(rip) } else { None };
         if let Some(n) = neighbour {
             // SAFETY: a page of guest RAM.
             let bytes = unsafe { std::slice::from_raw_parts(n.host as *const u8, 4096) };
@@ -452,18 +459,16 @@ impl Vcpu {
         self.asm = a;
         self.factory = Some(info);
         self.window = window;
-        let at = self.cache.next();
-        let length = self.asm.length();
-        let out = self.cache.take(length);
-        self.asm.finish(at, out);
-        let cold_at = self.asm.hot.len() as u32;
-        let place = |l: Label| l.1 + if l.0 == Section::Cold { cold_at } else { 0 };
+        let (at, cold_at) = self.asm.put_apart(&mut self.cache);
+        let (length, cold_length) = (self.asm.hot.len() as u32, self.asm.cold.len() as u32);
+        let place = |l: Label| l.1 + if l.0 == Section::Cold { length } else { 0 };
+        let address = |l: Label| u64::from(l.1) + if l.0 == Section::Cold { cold_at } else { at };
         let id = self.blocks.all.len() as u32;
         for (patch, stub, jump, target, far, alone) in sites {
             self.blocks.sites.push(Site {
-                patch: at + u64::from(place(patch)),
-                stub: at + u64::from(place(stub)),
-                jump: at + u64::from(place(jump)),
+                patch: address(patch),
+                stub: address(stub),
+                jump: address(jump),
                 target,
                 linked: false,
                 far,
@@ -485,7 +490,9 @@ impl Vcpu {
             length: guest_length,
             dead: false,
             host: at,
-            host_length: length as u32,
+            host_length: length,
+            cold: cold_at,
+            cold_length,
             checked: at,
             body: at + u64::from(body),
             points: points.into_boxed_slice(),
@@ -501,11 +508,12 @@ impl Vcpu {
             self.enlist(id, page);
         }
         if perf_map::is_on() {
-            perf_map::block(at, length as u64, rip, mode & mode::USER != 0);
+            let user = mode & mode::USER != 0;
+            perf_map::block([(at, length.into()), (cold_at, cold_length.into())], rip, user);
         }
         self.counters.blocks += 1;
         self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
-        self.counters.host_bytes += length as u64;
+        self.counters.host_bytes += u64::from(length + cold_length);
         self.times.translating += bunshin_core::clock::rdtsc() - started;
         Ok(Some(id))
     }
@@ -580,10 +588,7 @@ impl Vcpu {
         u.claim_all();
         u.a.jmp_abs(u.v.stubs.snippet_end);
         self.asm = u.a;
-        let at = self.cache.next();
-        let length = self.asm.length();
-        let out = self.cache.take(length);
-        self.asm.finish(at, out);
+        let at = self.asm.put(&mut self.cache);
         self.snippets.insert(key, at);
         at
     }
@@ -724,7 +729,7 @@ impl<'a> Unit<'a> {
             self.ahead = accesses_ahead(&s.items[n..]);
             self.now = n;
             ended = self.instruction(item);
-            if self.group.as_mut().is_some_and(|g| !g.step(item)) {
+            if self.group.as_mut().is_some_and(|g| !g.step(item) || g.left == 0) {
                 self.group = None;
             }
             self.recipe = self.recipe_after(item);

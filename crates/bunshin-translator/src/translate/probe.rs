@@ -67,6 +67,7 @@ impl Unit<'_> {
         let spot = self.spot(place, size, write);
         if let (Some(s), Some(g)) = (spot, self.group) {
             if g.covers(&s) {
+                self.group = Some(Group { left: g.left.saturating_sub(1), ..g });
                 return self.covered(place, &s, &g);
             }
         }
