@@ -160,6 +160,13 @@ impl Default for Blocks {
 impl Blocks {
     /// The block that holds host address `pc`, and the point at or before it.
     pub fn locate(&self, pc: u64) -> Option<(&Block, Point)> {
+        let (b, off) = self.holds(pc)?;
+        let p = b.points.partition_point(|p| p.host <= off);
+        Some((b, *b.points.get(p.checked_sub(1)?)?))
+    }
+
+    /// The block whose code has host address `pc`, and where in it that is.
+    pub fn holds(&self, pc: u64) -> Option<(&Block, u32)> {
         let cold = self.all.last().is_some_and(|b| pc >= b.cold);
         let n = if cold {
             self.all.partition_point(|b| b.cold > pc)
@@ -167,9 +174,7 @@ impl Blocks {
             self.all.partition_point(|b| b.host <= pc).checked_sub(1)?
         };
         let b = self.all.get(n)?;
-        let off = b.offset(pc)?;
-        let p = b.points.partition_point(|p| p.host <= off);
-        Some((b, *b.points.get(p.checked_sub(1)?)?))
+        Some((b, b.offset(pc)?))
     }
 }
 

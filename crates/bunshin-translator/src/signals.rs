@@ -90,6 +90,8 @@ extern "C" fn on_kick(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     unsafe {
         (*page).pending.store(1, Ordering::Release);
         if inside(pc) {
+            // Where a busy host's timer does not come, the guest's may.
+            note(page, pc);
             // Before `enter` has set gs this is undone, but it looks at
             // `pending` afterwards.
             let twin = (*page).region + REGION as u64;
@@ -106,18 +108,25 @@ extern "C" fn on_sample(signal: i32, info: *mut libc::siginfo_t, context: *mut l
     if page.is_null() || !inside(pc) {
         return;
     }
-    // SAFETY: the processor runs translated code on this thread, so nobody reads
-    // the samples meanwhile.
-    let full = unsafe {
-        let c = &mut *page;
-        let n = c.sampled as usize % SAMPLES;
-        c.samples[n] = pc;
-        c.sampled = n as u32 + 1;
-        n + 1 == SAMPLES
-    };
-    if full {
+    // SAFETY: the program counter is in translated code.
+    if unsafe { note(page, pc) } {
         on_kick(signal, info, context);
     }
+}
+
+/// Remember a sample; true if there is no room for another.
+///
+/// # Safety
+/// The processor with this page runs translated code on this thread, so nobody reads
+/// the samples meanwhile.
+unsafe fn note(page: *mut Cpu, pc: u64) -> bool {
+    // SAFETY: the caller's.
+    let c = unsafe { &mut *page };
+    if (c.sampled as usize) < SAMPLES {
+        c.samples[c.sampled as usize] = pc;
+        c.sampled += 1;
+    }
+    c.sampled as usize == SAMPLES
 }
 
 /// What the handler knows of the thread that it interrupts.

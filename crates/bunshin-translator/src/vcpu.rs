@@ -491,7 +491,7 @@ impl Vcpu {
     fn heat(&mut self) {
         for k in 0..SAMPLES {
             let pc = self.cpu().samples[k];
-            let Some((b, _)) = self.blocks.locate(pc) else { continue };
+            let Some((b, _)) = self.blocks.holds(pc) else { continue };
             let key = b.key;
             // Now is another time: what runs may be another program.
             let usual = key.mode & !mode::ALONE == self.mode();

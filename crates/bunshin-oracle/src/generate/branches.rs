@@ -35,7 +35,7 @@ impl Block<'_> {
 
     /// Fill an instruction's place later: emit `placeholder`, run `body`, then
     /// put in what `finish` makes of (own address, address after the body).
-    fn around(
+    pub(super) fn around(
         &mut self,
         placeholder: usize,
         body: impl FnOnce(&mut Self),

@@ -53,6 +53,19 @@ impl Block<'_> {
             match self.random.below(8) {
                 0 => self.plain(),
                 1 => self.step(walker),
+                2 => {
+                    // Some turns leave out an access or a step, or the rest of the loop.
+                    let condition = 0x70 | self.random.below(16) as u8;
+                    let steps = self.random.one_in(3);
+                    self.around(
+                        2,
+                        |block| match steps {
+                            true => block.step(walker),
+                            false => block.access(walker, index, &pointers, &free[2..]),
+                        },
+                        |at, end| vec![condition, (end - at - 2) as u8],
+                    );
+                }
                 _ => self.access(walker, index, &pointers, &free[2..]),
             }
         }

@@ -1,7 +1,7 @@
-//! Loops of one stretch: how far their registers may go before an operand leaves its
+//! Loops: how far their registers may go before an operand leaves its
 //! page is found out once, and one comparison a turn serves all operands.
 //!
-//! In such a loop most addresses are constant, or move with one register that only
+//! In a loop most addresses are constant, or move with one register that only
 //! grows or only shrinks. The way from that register to the host stays the same until
 //! a page ends. A copy loop becomes
 //!
@@ -19,9 +19,10 @@
 //! helper, empties it (`arrive`). An empty bound is the least of all numbers, so that
 //! whatever empties slots (a flush, the twin of a kicked region) stops the loop here.
 use super::group::Spot;
-use super::plan::Stretch;
+use super::plan::{Paths, Stretch};
 use super::*;
 use crate::cpu::NO_PAGE;
+use crate::interp::wants_helper;
 
 /// Most bytes that an operand's neighbours cover together.
 const SPAN: i64 = 256;
@@ -71,6 +72,14 @@ struct Member {
     users: Vec<i16>,
 }
 
+/// What `bind` has found so far.
+struct Found {
+    motions: [Motion; 16],
+    bounds: Vec<Bound>,
+    /// How far the registers had moved at each bound's comparison.
+    at: Vec<Moved16>,
+}
+
 /// The instruction moves a register by a constant: which, and how far.
 pub(super) fn step(i: &Instruction) -> Option<(u8, i64)> {
     let (n, high) = gpr_number(i.op0_register()).filter(|_| i.op0_kind() == OpKind::Register)?;
@@ -96,10 +105,10 @@ pub(super) fn step(i: &Instruction) -> Option<(u8, i64)> {
     (by.unsigned_abs() < 0x1_0000).then_some((n, by))
 }
 
-/// How `items` change register `n` in one turn.
-fn motion(items: &[Item], n: u8) -> Motion {
+/// How the loop changes register `n`.
+fn motion(plan: &[Stretch], n: u8) -> Motion {
     let mut motion = Motion::Still;
-    for item in items.iter().filter(|i| i.writes >> n & 1 != 0) {
+    for item in plan.iter().flat_map(|s| &s.items).filter(|i| i.writes >> n & 1 != 0) {
         let new = match step(&item.insn) {
             Some((m, by)) if m == n && by > 0 => Motion::Up,
             Some((m, by)) if m == n && by < 0 => Motion::Down,
@@ -114,11 +123,46 @@ fn motion(items: &[Item], n: u8) -> Motion {
     motion
 }
 
-impl Stretch {
-    /// It is a loop by itself.
-    pub(super) fn turns(&self) -> bool {
-        self.successors().contains(&Some(self.ip))
+/// How far registers moved since the start of a turn; None where ways differ.
+type Moved16 = [Option<i64>; 16];
+
+/// Follow one instruction.
+fn advance(moved: &mut Moved16, item: &Item) {
+    let step = step(&item.insn);
+    for (n, m) in moved.iter_mut().enumerate().filter(|(n, _)| item.writes >> n & 1 != 0) {
+        *m = match step {
+            Some((k, by)) if usize::from(k) == n => m.map(|m| m + by),
+            _ => None,
+        };
     }
+}
+
+/// How far registers have moved where each stretch of a loop begins.
+fn at_entries(plan: &[Stretch], to: &[Vec<usize>]) -> Vec<Moved16> {
+    // The stretches in an order in which ways lead, but for the way back to the first.
+    let mut order = vec![0];
+    let mut waits: Vec<usize> = vec![0; plan.len()];
+    to.iter().flatten().for_each(|&k| waits[k] += 1);
+    let mut at = vec![None; plan.len()];
+    at[0] = Some([Some(0); 16]);
+    let mut next = 0;
+    while next < order.len() {
+        let n = order[next];
+        next += 1;
+        let mut out: Moved16 = at[n].unwrap_or([None; 16]);
+        plan[n].items.iter().for_each(|i| advance(&mut out, i));
+        for &k in to[n].iter().filter(|&&k| k != 0) {
+            at[k] = Some(match at[k] {
+                None => out,
+                Some(before) => std::array::from_fn(|r| before[r].filter(|_| before[r] == out[r])),
+            });
+            waits[k] -= 1;
+            if waits[k] == 0 {
+                order.push(k);
+            }
+        }
+    }
+    at.into_iter().map(|m| m.unwrap_or([None; 16])).collect()
 }
 
 impl Unit<'_> {
@@ -148,42 +192,44 @@ impl Unit<'_> {
         spot.filter(|_| (1..=64).contains(&size))
     }
 
-    /// Find what bounds can serve in the loop `s`.
-    pub(super) fn bind(&mut self, s: &Stretch) {
+    /// Find what bounds can serve in the loop that `plan` is, every turn of which goes
+    /// through its first stretch. There the comparisons stand.
+    pub(super) fn bind(&mut self, plan: &[Stretch]) {
+        let paths = Paths::of(plan);
+        let helped = |i: &Item| i.insn.code() == Code::INVALID || wants_helper(&i.insn, self.mode);
+        let mut seen: Vec<u64> = plan.iter().flat_map(|s| &s.items).map(|i| i.insn.ip()).collect();
+        seen.sort_unstable();
+        // A helper may change what is mapped; an instruction is named by its address.
+        if plan.len() > 1 && plan.iter().flat_map(|s| &s.items).any(helped)
+            || paths.inner_loops().iter().any(|&l| l != 0)
+            || seen.windows(2).any(|w| w[0] == w[1])
+        {
+            return;
+        }
         let motions: [Motion; 16] = std::array::from_fn(|n| match self.home(n as u8) {
-            Some(_) => motion(&s.items, n as u8),
+            Some(_) => motion(plan, n as u8),
             None => Motion::Wild,
         });
-        let mut moved = [0i64; 16];
-        // How far the registers had moved at each bound's comparison.
-        let mut at: Vec<[i64; 16]> = Vec::new();
-        let mut bounds: Vec<Bound> = Vec::new();
-        for item in &s.items {
-            let i = &item.insn;
-            if i.code() == Code::INVALID || crate::interp::wants_helper(i, self.mode) {
-                break;
-            }
-            if let Some(spot) = self.bindable(item) {
-                let guest = i.ip().wrapping_sub(self.rip) as i16;
-                let dead = item.effect.live_before(item.live_after) == 0;
-                self.admit(&mut bounds, &mut at, (&spot, guest, dead), &motions, &moved);
-            }
-            if let Some((n, by)) = step(i).filter(|s| item.writes >> s.0 & 1 != 0) {
-                moved[usize::from(n)] += by;
+        let mut found = Found { motions, bounds: Vec::new(), at: Vec::new() };
+        for (n, mut moved) in at_entries(plan, &paths.to).into_iter().enumerate() {
+            for item in &plan[n].items {
+                if item.insn.code() == Code::INVALID || wants_helper(&item.insn, self.mode) {
+                    break;
+                }
+                if let Some(spot) = self.bindable(item) {
+                    let guest = item.insn.ip().wrapping_sub(self.rip) as i16;
+                    let may_begin = n == 0 && item.effect.live_before(item.live_after) == 0;
+                    self.admit(&mut found, (&spot, guest, may_begin), &moved);
+                }
+                advance(&mut moved, item);
             }
         }
-        self.bounds = bounds;
+        self.bounds = found.bounds;
     }
 
-    /// Add an operand to one of `bounds`, or begin one with it where the flags are dead.
-    fn admit(
-        &mut self,
-        bounds: &mut Vec<Bound>,
-        at: &mut Vec<[i64; 16]>,
-        (spot, guest, dead): (&Spot, i16, bool),
-        motions: &[Motion; 16],
-        moved: &[i64; 16],
-    ) {
+    /// Add an operand to a bound, or begin one with it if it may.
+    fn admit(&mut self, found: &mut Found, (spot, guest, may_begin): (&Spot, i16, bool), moved: &Moved16) {
+        let motions = &found.motions;
         let of = |n: Option<u8>| n.map_or(Motion::Still, |n| motions[usize::from(n)]);
         let index = spot.index.map(|x| x.0);
         let (mover, scale) = match (of(spot.base), of(index)) {
@@ -195,22 +241,23 @@ impl Unit<'_> {
         };
         let by = mover.map(|n| (n, motions[usize::from(n)] == Motion::Down));
         // What stands still is served by any.
-        let found = bounds.iter().position(|b| by.is_none() || b.by == by);
-        let k = match found {
+        let with = found.bounds.iter().position(|b| by.is_none() || b.by == by);
+        let k = match with {
             Some(k) => k,
-            None if !dead => return,
+            None if !may_begin => return,
             None => {
                 let Some(slot) = self.v.regions.take_bound() else { return };
                 self.taken.push(slot);
-                bounds.push(Bound { slot, by, first: guest, checked: false, members: Vec::new() });
-                at.push(*moved);
-                bounds.len() - 1
+                found.bounds.push(Bound { slot, by, first: guest, checked: false, members: Vec::new() });
+                found.at.push(*moved);
+                found.bounds.len() - 1
             }
         };
-        let shift = mover.map_or(0, |n| moved[usize::from(n)] - at[k][usize::from(n)]);
+        let shift = mover.map(usize::from).map_or(Some(0), |n| Some(moved[n]? - found.at[k][n]?));
+        let Some(shift) = shift else { return };
         let low = spot.disp + shift * i64::from(scale);
         let high = low + spot.size;
-        let b = &mut bounds[k];
+        let b = &mut found.bounds[k];
         let with = b.members.iter_mut().find(|m| {
             m.base == spot.base && m.index == spot.index && m.high.max(high) - m.low.min(low) <= SPAN
         });
@@ -412,6 +459,7 @@ impl Unit<'_> {
         for miss in misses {
             self.a.land_far(miss);
         }
+        self.a.increment32(at::REFILLS + 4 * b.slot);
         self.restore_scratch();
         self.give_up(live);
         self.a.section(Section::Hot);

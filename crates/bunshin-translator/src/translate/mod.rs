@@ -413,14 +413,12 @@ impl Vcpu {
             reach: 0,
         };
         u.a.clear();
-        let mut plan = vec![Stretch { ip: rip, items, live_out: ALL }];
+        let mut plan = vec![Stretch { ip: rip, items, live_out: ALL, short: false }];
         let mut single = false;
         if hot && !u.lesson.straight {
             u.explore(&mut plan, gpa);
-            single = plan[0].turns() && !u.lesson.short;
-            if single {
-                plan.truncate(1);
-            } else {
+            single = !u.lesson.short && second.is_none() && u.narrow(&mut plan);
+            if !single {
                 Unit::focus(&mut plan);
             }
         }
@@ -430,8 +428,8 @@ impl Vcpu {
         } else {
             u.liveness(&mut plan, second.is_some());
         }
-        if hot && !u.lesson.straight {
-            u.settle(&plan);
+        if hot && !u.lesson.straight && !single {
+            u.settle(&plan, false);
         }
         u.order = plan.iter().map(|s| s.ip).collect();
         u.entry();

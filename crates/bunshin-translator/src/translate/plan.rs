@@ -11,12 +11,69 @@ use super::*;
 const INSTRUCTIONS: usize = 200;
 const STRETCHES: usize = 20;
 
+/// No way leads there.
+const FAR: usize = usize::MAX / 4;
+
 /// Instructions that run one after the other.
 pub(super) struct Stretch {
     pub(super) ip: u64,
     pub(super) items: Vec<Item>,
     /// Flags that may be read after its end.
     pub(super) live_out: u32,
+    /// A loop here was found to be left too soon to stand alone.
+    pub(super) short: bool,
+}
+
+/// How the stretches of a plan lead to each other.
+pub(super) struct Paths {
+    /// Where each goes on.
+    pub(super) to: Vec<Vec<usize>>,
+    /// Instructions of the shortest way from the first stretch through each and back.
+    turn: Vec<usize>,
+}
+
+impl Paths {
+    pub(super) fn of(plan: &[Stretch]) -> Self {
+        let count = plan.len();
+        let place = |t: u64| plan.iter().position(|s| s.ip == t);
+        let to: Vec<Vec<usize>> =
+            plan.iter().map(|s| s.successors().into_iter().flatten().filter_map(place).collect()).collect();
+        let (mut from_first, mut to_first) = (vec![FAR; count], vec![FAR; count]);
+        from_first[0] = 0;
+        for _ in 0..count {
+            for n in 0..count {
+                let cost = plan[n].items.len();
+                for &k in &to[n] {
+                    let back = if k == 0 { 0 } else { to_first[k] };
+                    to_first[n] = to_first[n].min(cost + back);
+                    from_first[k] = from_first[k].min(from_first[n] + cost);
+                }
+            }
+        }
+        let turn = (0..count).map(|n| (from_first[n] + to_first[n]).min(FAR)).collect();
+        Self { to, turn }
+    }
+
+    /// Of the shortest loop through the first stretch.
+    fn shortest(&self) -> usize {
+        self.turn[0]
+    }
+
+    /// For each stretch, a bit for every one that is in a loop with it which does not
+    /// go through the first.
+    pub(super) fn inner_loops(&self) -> Vec<u32> {
+        let count = self.to.len();
+        let mut reach = vec![0u32; count];
+        for _ in 0..count {
+            for n in 1..count {
+                for &k in self.to[n].iter().filter(|&&k| k != 0) {
+                    reach[n] |= 1 << k | reach[k];
+                }
+            }
+        }
+        let mutual = |n: usize, k: usize| reach[n] >> k & 1 != 0 && reach[k] >> n & 1 != 0;
+        (0..count).map(|n| (0..count).filter(|&k| mutual(n, k)).fold(0, |m, k| m | 1 << k)).collect()
+    }
 }
 
 impl Stretch {
@@ -139,45 +196,53 @@ impl Unit<'_> {
             let short = self.v.blocks.all[id as usize].heat.as_ref().is_some_and(|h| h.lesson.short);
             let limit = self.code_limit;
             let items = decode_stretch(self.bytes, offset, ip, self.bits, limit, &mut self.info);
-            let s = Stretch { ip, items, live_out: ALL };
-            // A loop by itself does better alone, unless it is left too soon.
-            if !s.items.is_empty() && (short || !s.turns()) {
-                plan.push(s);
+            if !items.is_empty() {
+                plan.push(Stretch { ip, items, live_out: ALL, short });
             }
         }
     }
 
     /// Keep of `plan` the innermost loop through its first stretch: the stretches on
-    /// ways back to it that are not much longer than the shortest.
+    /// ways back to it that are not much longer than the shortest, without loops inside
+    /// that do better alone.
     pub(super) fn focus(plan: &mut Vec<Stretch>) {
-        const FAR: usize = usize::MAX / 4;
-        let count = plan.len();
-        let to: Vec<Vec<usize>> = plan
-            .iter()
-            .map(|s| {
-                let to = s.successors().into_iter().flatten();
-                to.filter_map(|t| plan.iter().position(|s| s.ip == t)).collect()
-            })
-            .collect();
-        // Instructions from the first stretch to each, and from each to the first again.
-        let (mut from_first, mut to_first) = (vec![FAR; count], vec![FAR; count]);
-        from_first[0] = 0;
-        for _ in 0..count {
-            for n in 0..count {
-                let cost = plan[n].items.len();
-                for &k in &to[n] {
-                    let back = if k == 0 { 0 } else { to_first[k] };
-                    to_first[n] = to_first[n].min(cost + back);
-                    from_first[k] = from_first[k].min(from_first[n] + cost);
-                }
-            }
+        let paths = Paths::of(plan);
+        let most = (3 * paths.shortest() + 20).min(FAR - 1);
+        let inner = paths.inner_loops();
+        let short = |n: usize| (0..plan.len()).any(|k| plan[k].short && inner[n] >> k & 1 != 0);
+        let keep: Vec<bool> =
+            (0..plan.len()).map(|n| n == 0 || paths.turn[n] <= most && (inner[n] == 0 || short(n))).collect();
+        let mut keep = keep.into_iter();
+        plan.retain(|_| keep.next() == Some(true));
+    }
+
+    /// Make of `plan` nothing but the loop through its first stretch, if bounds serve it.
+    pub(super) fn narrow(&mut self, plan: &mut Vec<Stretch>) -> bool {
+        let paths = Paths::of(plan);
+        let shortest = paths.shortest();
+        if shortest >= FAR || self.v.exact_flags {
+            return false;
         }
-        let shortest = to_first[0];
         let mut n = 0;
-        plan.retain(|_| {
+        let (mut inner, rest): (Vec<_>, Vec<_>) = std::mem::take(plan).into_iter().partition(|_| {
             n += 1;
-            n == 1 || from_first[n - 1] + to_first[n - 1] <= (3 * shortest + 20).min(FAR - 1)
+            paths.turn[n - 1] <= shortest + shortest / 2 + 6
         });
+        self.liveness(&mut inner, false);
+        self.settle(&inner, true);
+        if self.bounds.is_empty() {
+            self.v.regions.give_back(std::mem::take(&mut self.taken).into_iter());
+            self.homes = Homes::default();
+            self.entries = None;
+            self.slots.clear();
+            self.pins.clear();
+            self.pinned_slots.clear();
+            inner.extend(rest);
+            *plan = inner;
+            return false;
+        }
+        *plan = inner;
+        true
     }
 
     /// Fill in which flags live where.
@@ -206,8 +271,8 @@ impl Unit<'_> {
         }
     }
 
-    /// Where registers live, if the plan has a loop.
-    pub(super) fn settle(&mut self, plan: &[Stretch]) {
+    /// Where registers live, if the plan has a loop, and what bounds serve it.
+    pub(super) fn settle(&mut self, plan: &[Stretch], bounds: bool) {
         let place = |t: u64| plan.iter().position(|s| s.ip == t);
         let turns = plan
             .iter()
@@ -236,11 +301,9 @@ impl Unit<'_> {
             let Some(host) = free.pop() else { return };
             self.homes.moved.push(Moved { host, guest: Some(n), written: written >> n & 1 != 0 });
         }
-        if let [only] = plan {
-            if only.turns() {
-                self.bind(only);
-                self.pin_bounds(&mut free);
-            }
+        if bounds {
+            self.bind(plan);
+            self.pin_bounds(&mut free);
         }
         // What is left holds the ways of operands, one for each address register.
         for s in plan {
