@@ -21,8 +21,6 @@ fn nothing(n: u16) -> u64 {
 pub struct Overflow {
     /// Value of gs.
     base: u64,
-    /// The same of its twin, which a kick may choose between the two loads of `look`.
-    twin: u64,
     /// Indices that may be in use; more than the table has never.
     used: Vec<u16>,
 }
@@ -37,7 +35,7 @@ impl Overflow {
     /// # Safety
     /// Both are regions, mapped for as long as this lives.
     pub unsafe fn new(base: u64, twin: u64) -> Self {
-        let o = Self { base, twin, used: Vec::with_capacity(ENTRIES) };
+        let o = Self { base, used: Vec::with_capacity(ENTRIES) };
         for n in 0..ENTRIES as u16 {
             o.set(OVER_RIP, n, nothing(n));
             // SAFETY: as promised to this function.
@@ -64,8 +62,6 @@ impl Overflow {
         }
         self.set(OVER_RIP, n, rip);
         self.set(OVER_CODE, n, body);
-        // SAFETY: as in `get`.
-        unsafe { *((self.twin + u64::from(OVER_CODE) + 8 * u64::from(n)) as *mut u64) = body };
     }
 
     /// The code for `rip` is gone.
