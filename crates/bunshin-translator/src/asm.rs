@@ -334,6 +334,10 @@ impl Asm {
         self.gs_indexed(0x03, reg, index, off);
     }
 
+    pub fn cmp_indexed(&mut self, reg: u8, index: u8, off: u32) {
+        self.gs_indexed(0x3b, reg, index, off);
+    }
+
     pub fn add_gs(&mut self, reg: u8, off: u32) {
         self.gs(true, &[0x03], reg, off);
     }

@@ -6,20 +6,21 @@
 //! Rust. The entries check the whole address and lead past the check of a block's
 //! entry. They lie in the region (`cpu.rs`) and go whenever its jump cache goes.
 use crate::asm::{Asm, S0, S1, S2};
-use crate::cpu::{NO_PAGE, OVER_CODE, OVER_RIP};
+use crate::cpu::{OVER_CODE, OVER_RIP};
 
 /// Number of entries.
 pub const ENTRIES: usize = 2048;
 
-/// No address that code lies at.
-const NOWHERE: u64 = NO_PAGE;
+/// What entry `n` holds while it is empty: an address that would be looked for in
+/// another one.
+fn nothing(n: u16) -> u64 {
+    u64::from(n == 0)
+}
 
 /// The entries of one region.
 pub struct Overflow {
     /// Value of gs.
     base: u64,
-    /// The same of its twin, which a kick may choose between the two loads of `look`.
-    twin: u64,
     /// Indices that may be in use; more than the table has never.
     used: Vec<u16>,
 }
@@ -34,11 +35,11 @@ impl Overflow {
     /// # Safety
     /// Both are regions, mapped for as long as this lives.
     pub unsafe fn new(base: u64, twin: u64) -> Self {
-        let o = Self { base, twin, used: Vec::with_capacity(ENTRIES) };
+        let o = Self { base, used: Vec::with_capacity(ENTRIES) };
         for n in 0..ENTRIES as u16 {
-            o.set(OVER_RIP, n, NOWHERE);
+            o.set(OVER_RIP, n, nothing(n));
             // SAFETY: as promised to this function.
-            unsafe { *((twin + u64::from(OVER_RIP) + 8 * u64::from(n)) as *mut u64) = NOWHERE };
+            unsafe { *((twin + u64::from(OVER_RIP) + 8 * u64::from(n)) as *mut u64) = nothing(n) };
         }
         o
     }
@@ -56,20 +57,18 @@ impl Overflow {
     /// Jumps to `rip` may go to `body`.
     pub fn insert(&mut self, rip: u64, body: u64) {
         let n = index(rip);
-        if self.get(OVER_RIP, n) == NOWHERE {
+        if self.get(OVER_RIP, n) == nothing(n) {
             self.used.push(n);
         }
         self.set(OVER_RIP, n, rip);
         self.set(OVER_CODE, n, body);
-        // SAFETY: as in `get`.
-        unsafe { *((self.twin + u64::from(OVER_CODE) + 8 * u64::from(n)) as *mut u64) = body };
     }
 
     /// The code for `rip` is gone.
     pub fn remove(&mut self, rip: u64) {
         let n = index(rip);
         if self.get(OVER_RIP, n) == rip {
-            self.set(OVER_RIP, n, NOWHERE);
+            self.set(OVER_RIP, n, nothing(n));
             // Its index is known; a second entry of it would let the list grow.
             if let Some(k) = self.used.iter().position(|&u| u == n) {
                 self.used.swap_remove(k);
@@ -80,7 +79,8 @@ impl Overflow {
     /// Forget all.
     pub fn clear(&mut self) {
         for k in 0..self.used.len() {
-            self.set(OVER_RIP, self.used[k], NOWHERE);
+            let n = self.used[k];
+            self.set(OVER_RIP, n, nothing(n));
         }
         self.used.clear();
     }
@@ -94,10 +94,10 @@ pub fn look(a: &mut Asm, leave: impl FnOnce(&mut Asm)) {
     a.add(S1, S0);
     a.b(&[0x41, 0x81, 0xe1]); // and r9d, ENTRIES - 1
     a.d(ENTRIES as u32 - 1);
-    a.load_indexed(S2, S1, OVER_RIP);
-    a.b(&[0x4d, 0x39, 0xc2]); // cmp r10, r8
-    let other = a.jcc_short(5);
+    // In this order: a signal may point gs to the twin in between, which has no code.
     a.load_indexed(S2, S1, OVER_CODE);
+    a.cmp_indexed(S0, S1, OVER_RIP);
+    let other = a.jcc_short(5);
     leave(a);
     a.b(&[0x41, 0xff, 0xe2]); // jmp r10
     a.land(other);
@@ -132,6 +132,7 @@ mod tests {
         }
         assert!(o.used.len() <= ENTRIES);
         o.clear();
-        assert!((0..ENTRIES as u16).all(|n| o.get(OVER_RIP, n) == NOWHERE));
+        assert!((0..ENTRIES as u16).all(|n| o.get(OVER_RIP, n) == nothing(n)));
+        assert!([0, 1, 1 << 63, u64::MAX].iter().all(|&rip| o.get(OVER_RIP, index(rip)) != rip));
     }
 }

@@ -153,6 +153,11 @@ impl Unit<'_> {
     /// What the instructions from here on access off the same base; None if
     /// nothing joins `first`.
     pub(super) fn gather(&self, first: Spot) -> Option<Group> {
+        self.gather_from(first, 2)
+    }
+
+    /// The same, of `least` accesses or more.
+    pub(super) fn gather_from(&self, first: Spot, least: u32) -> Option<Group> {
         let (mut low, mut high, mut count, mut write) = (first.disp, first.disp + first.size, 0, first.write);
         let mut g = Group {
             base: first.base,
@@ -189,6 +194,6 @@ impl Unit<'_> {
                 break;
             }
         }
-        (count >= 2).then_some(Group { low, span: high - low, shift: 0, write, left: count - 1, ..g })
+        (count >= least).then_some(Group { low, span: high - low, shift: 0, write, left: count - 1, ..g })
     }
 }

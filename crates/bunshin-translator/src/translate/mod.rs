@@ -49,6 +49,7 @@
 //! flags back before they are needed.
 mod bound;
 mod copy;
+mod early;
 mod exits;
 mod group;
 mod keep;
@@ -206,6 +207,8 @@ struct Unit<'a> {
     /// Slots whose refills are counted and the instructions that they serve; all slots.
     slots: Vec<(i16, u32)>,
     taken: Vec<u32>,
+    /// The instruction that a check is done for ahead of it.
+    slots_of: Option<i16>,
     lesson: Lesson,
     /// The slot whose count of refills counts how often the plan is entered.
     entries: Option<u32>,
@@ -401,6 +404,7 @@ impl Vcpu {
             hot,
             slots: Vec::new(),
             taken: Vec::new(),
+            slots_of: None,
             lesson,
             entries: None,
             cache: [None; 3],
@@ -570,6 +574,7 @@ impl Vcpu {
             hot: false,
             slots: Vec::new(),
             taken: Vec::new(),
+            slots_of: None,
             lesson: Lesson::default(),
             entries: None,
             cache: [None; 3],
@@ -726,6 +731,7 @@ impl<'a> Unit<'a> {
         for (n, item) in s.items.iter().enumerate() {
             self.ahead = accesses_ahead(&s.items[n..]);
             self.now = n;
+            self.check_early(item);
             ended = self.instruction(item);
             if self.group.as_mut().is_some_and(|g| !g.step(item) || g.left == 0) {
                 self.group = None;

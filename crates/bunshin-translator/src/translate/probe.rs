@@ -112,7 +112,7 @@ impl Unit<'_> {
     }
 
     /// Begin a group whose lowest byte is at `m`; gives the operand `s`.
-    fn hold(&mut self, m: Mem, s: &Spot, g: Group) -> Mem {
+    pub(super) fn hold(&mut self, m: Mem, s: &Spot, g: Group) -> Mem {
         let way = m.index.filter(|_| m.base != S0);
         match way {
             // The guest's own base register and the way to the host.
@@ -149,15 +149,16 @@ impl Unit<'_> {
 
     /// A slot for a memory operand, in hot code.
     fn slot(&mut self) -> Option<u32> {
-        if !self.hot || self.lesson.restless.contains(&self.guest) {
+        let guest = self.slots_of.unwrap_or(self.guest);
+        if !self.hot || self.lesson.restless.contains(&guest) {
             return None;
         }
-        if let Some(k) = self.pins.iter().position(|p| p.0 == self.guest) {
+        if let Some(k) = self.pins.iter().position(|p| p.0 == guest) {
             return Some(self.pins.swap_remove(k).1);
         }
         let n = self.v.regions.take_slot()?;
         self.taken.push(n);
-        self.slots.push((self.guest, n));
+        self.slots.push((guest, n));
         Some(n)
     }
 
