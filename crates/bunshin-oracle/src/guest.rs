@@ -23,7 +23,7 @@ use crate::compare::{null, Judge, Outcome, Stop};
 use crate::state::{Layout, UserState, XSAVE_BYTES};
 use bunshin_core::state::{Segment, Table};
 use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
-use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
@@ -62,6 +62,8 @@ const FMASK: u32 = 0xc000_0084;
 /// How much of a processor's time a case may take: several times what the
 /// host gets, and far more than any needs that ends.
 const PATIENCE: Duration = Duration::from_millis(120);
+/// How many times as much [`Judge::run_patiently`] gives.
+const PATIENT: u32 = 25;
 /// How often the watcher looks.
 const LOOK: Duration = Duration::from_millis(20);
 
@@ -80,6 +82,8 @@ pub struct Guest {
 struct Watch {
     run: AtomicU64,
     kicked: AtomicU64,
+    /// How many times [`PATIENCE`] it may take.
+    factor: AtomicU32,
     /// Clock of the processor time of the thread that runs, 0 at first.
     clock: AtomicI32,
 }
@@ -101,7 +105,7 @@ fn watch(watch: &Weak<Watch>, kicker: &dyn Kicker) {
         let run = watch.run.load(Ordering::SeqCst);
         if run % 2 == 0 || run != seen {
             (seen, since) = (run, watch.spent());
-        } else if watch.spent().saturating_sub(since) >= PATIENCE {
+        } else if watch.spent().saturating_sub(since) >= PATIENCE * watch.factor.load(Ordering::SeqCst) {
             watch.kicked.store(run, Ordering::SeqCst);
             kicker.kick();
         }
@@ -119,8 +123,12 @@ impl Guest {
         engine.map(0, &region, 0, RAM, false)?;
         let mut vcpu = engine.vcpu(0)?;
         let start = start_state(vcpu.state());
-        let shared =
-            Arc::new(Watch { run: AtomicU64::new(0), kicked: AtomicU64::new(0), clock: AtomicI32::new(0) });
+        let shared = Arc::new(Watch {
+            run: AtomicU64::new(0),
+            kicked: AtomicU64::new(0),
+            factor: AtomicU32::new(1),
+            clock: AtomicI32::new(0),
+        });
         let (weak, kicker) = (Arc::downgrade(&shared), vcpu.kicker());
         std::thread::spawn(move || watch(&weak, &*kicker));
         let scratch = start.clone();
@@ -221,6 +229,13 @@ impl Guest {
 impl Judge for Guest {
     fn name(&self) -> &'static str {
         self.name
+    }
+
+    fn run_patiently(&mut self, case: &Case) -> Outcome {
+        self.watch.factor.store(PATIENT, Ordering::SeqCst);
+        let outcome = self.run(case);
+        self.watch.factor.store(1, Ordering::SeqCst);
+        outcome
     }
 
     fn run(&mut self, case: &Case) -> Outcome {

@@ -537,6 +537,30 @@ impl Native {
         }
     }
 
+    /// Run a case one instruction at a time, as long as `go_on` says so of each and the
+    /// case has not ended.
+    fn walk(&mut self, case: &Case, mut go_on: impl FnMut(Step) -> bool) {
+        self.lay(case);
+        let mut state = case.state.clone();
+        let code = |rip: u64| {
+            let at = arena::image_offset(rip, 15).filter(|at| *at < arena::CODE_LENGTH as usize)?;
+            // SAFETY: 15 bytes of the arena's code.
+            Some(unsafe { ((at as u64 + arena::CODE) as *const [u8; 15]).read_unaligned() })
+        };
+        while let Some(bytes) = code(state.rip) {
+            let rip = state.rip;
+            state.rflags |= TF;
+            let stop = self.run_state(&mut state, TICKS);
+            let length = Decoder::new(case.bits(), &bytes, DecoderOptions::AMD).decode().len();
+            let after = code(rip).unwrap_or(bytes);
+            let step = Step { rip, bytes, overwrote_itself: bytes[..length] != after[..length] };
+            if !go_on(step) || !matches!(stop, Stop::Fault { vector: 1, .. }) {
+                break;
+            }
+        }
+        self.put_back();
+    }
+
     /// The base image back into the arena; what was changed.
     fn put_back(&mut self) -> Vec<(usize, [u8; arena::LINE])> {
         // SAFETY: the arena's segments are mapped and nothing runs in them.
@@ -584,27 +608,21 @@ impl Judge for Native {
     }
 
     fn steps(&mut self, case: &Case) -> Vec<Step> {
-        self.lay(case);
-        let mut state = case.state.clone();
         let mut steps = Vec::new();
-        let code = |rip: u64| {
-            let at = arena::image_offset(rip, 15).filter(|at| *at < arena::CODE_LENGTH as usize)?;
-            // SAFETY: 15 bytes of the arena's code.
-            Some(unsafe { ((at as u64 + arena::CODE) as *const [u8; 15]).read_unaligned() })
-        };
-        while let Some(bytes) = code(state.rip).filter(|_| steps.len() < MOST_STEPS) {
-            let rip = state.rip;
-            state.rflags |= TF;
-            let stop = self.run_state(&mut state, TICKS);
-            let length = Decoder::new(case.bits(), &bytes, DecoderOptions::AMD).decode().len();
-            let after = code(rip).unwrap_or(bytes);
-            steps.push(Step { rip, bytes, overwrote_itself: bytes[..length] != after[..length] });
-            if !matches!(stop, Stop::Fault { vector: 1, .. }) {
-                break;
-            }
-        }
-        self.put_back();
+        self.walk(case, |step| {
+            steps.push(step);
+            steps.len() < MOST_STEPS
+        });
         steps
+    }
+
+    fn runs_longer_than(&mut self, case: &Case, instructions: usize) -> bool {
+        let mut count = 0;
+        self.walk(case, |_| {
+            count += 1;
+            count <= instructions
+        });
+        count > instructions
     }
 }
 
@@ -620,6 +638,10 @@ impl Judge for Rc<RefCell<Native>> {
 
     fn steps(&mut self, case: &Case) -> Vec<Step> {
         self.borrow_mut().steps(case)
+    }
+
+    fn runs_longer_than(&mut self, case: &Case, instructions: usize) -> bool {
+        self.borrow_mut().runs_longer_than(case, instructions)
     }
 }
 

@@ -270,6 +270,15 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
     let narrow = !v.cpu().code64() && i.op_mask() == Register::None;
     let wrap = if narrow { 0xffff_ffff } else { u64::MAX };
+    // VEX's masked moves compute the address of each element, which wraps as addresses do.
+    let each = masked_move(m);
+    let place = |v: &Vcpu, at: usize| {
+        if each {
+            v.operand_behind(i, behind.wrapping_add(at as u64))
+        } else {
+            va.wrapping_add(at as u64) & wrap
+        }
+    };
     let parts = (0..size / n).filter(|k| mask >> k & 1 != 0).map(|k| k * n);
     if size == 512 {
         v.check_end(va, 2)?;
@@ -295,14 +304,14 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     }
     if writes(access) {
         for at in parts.clone() {
-            v.check(va.wrapping_add(at as u64) & wrap, n, Kind::Write, who)?;
+            v.check(place(v, at), n, Kind::Write, who)?;
         }
     }
     let mut buffer = [0u8; 512];
     let buffer = &mut buffer[..size];
     // A store that does not happen after all (an x87 exception) copies back what was there.
     for at in parts.clone() {
-        let (from, to) = (va.wrapping_add(at as u64) & wrap, &mut buffer[at..at + n]);
+        let (from, to) = (place(v, at), &mut buffer[at..at + n]);
         v.check_end(from, n)?;
         if reads(access) || v.access(from, 1, Kind::Read, who)?.0.is_some() {
             v.read_as(from, to, who)?;
@@ -332,7 +341,7 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
             _ => {}
         }
         for at in parts {
-            v.write_as(va.wrapping_add(at as u64) & wrap, &buffer[at..at + n], who)?;
+            v.write_as(place(v, at), &buffer[at..at + n], who)?;
         }
     }
     Ok(Flow::Next)
@@ -525,6 +534,11 @@ fn whole(i: &Instruction) -> bool {
     }
 }
 
+/// A masked move with a VEX prefix.
+fn masked_move(m: M) -> bool {
+    matches!(m, M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq)
+}
+
 /// Enabled elements of the memory operand and their size, for instructions
 /// whose faults are suppressed by a mask.
 fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
@@ -578,7 +592,7 @@ fn element_mask(v: &Vcpu, i: &Instruction) -> Option<(u64, usize)> {
             _ => (live, n),
         });
     }
-    if matches!(m, M::Vmaskmovps | M::Vmaskmovpd | M::Vpmaskmovd | M::Vpmaskmovq) {
+    if masked_move(m) {
         let r = i.op1_register();
         let n = if matches!(m, M::Vmaskmovpd | M::Vpmaskmovq) { 8 } else { 4 };
         let x = v.vector(vector_number(r));

@@ -564,6 +564,8 @@ impl Vcpu {
                 Some(id)
             }
             Err(e) => {
+                // A breakpoint comes before what is wrong with fetching.
+                let e = self.code_breakpoint().unwrap_or(e);
                 self.deliver(e);
                 None
             }

@@ -15,7 +15,7 @@ usage: bunshin-compare [options]
   --cases N | --instructions N | --seconds S
                     how much to do (default: 10 seconds)
   --seed N          start from this seed (default 1)
-  --case N          only this case of the seed
+  --case N          only this case of the seed, or --cases from here on
   --only PATTERNS   only these mnemonics: comma-separated, with *
   --environment     also FNSTENV, FXSAVE, XSAVE and their like
   --narrow          32-bit code, in compatibility mode
@@ -26,9 +26,9 @@ usage: bunshin-compare [options]
   --system          privileged code, judged by QEMU; with --seed, --case,
                     --cases, --instructions, --seconds, --stop-after,
                     --no-minimise, --show and FILE (cases/system/*.txt)
-  --limits, --gates, --debug, --invpcid
-                    with --system: also segment limits, call gates, debug
-                    registers, INVPCID (not in QEMU 7.2)
+  --watch, --invpcid
+                    with --system: also breakpoints on data, INVPCID (QEMU 7.2
+                    dies of some of the former and lacks the latter)
   --segments        compare cases that load segment registers too
   --self-check      the host against itself: shows that the harness is sound
   --stop-after N    stop at this many differences (default 10)
@@ -45,7 +45,7 @@ struct Arguments {
     cases: u64,
     instructions: u64,
     seconds: f64,
-    only_case: Option<u64>,
+    first_case: Option<u64>,
     choice: Choice,
     options: Options,
     self_check: bool,
@@ -66,7 +66,7 @@ fn arguments() -> Result<Arguments, String> {
         cases: u64::MAX,
         instructions: u64::MAX,
         seconds: f64::INFINITY,
-        only_case: None,
+        first_case: None,
         choice: Choice::default(),
         options: Options::default(),
         self_check: false,
@@ -88,7 +88,7 @@ fn arguments() -> Result<Arguments, String> {
         match word.as_str() {
             "--seed" => a.seed = number(value()?)?,
             "--cases" => a.cases = number(value()?)?,
-            "--case" => a.only_case = Some(number(value()?)?),
+            "--case" => a.first_case = Some(number(value()?)?),
             "--instructions" => a.instructions = number(value()?)?,
             "--seconds" => {
                 a.seconds = value()?.parse().map_err(|_| "--seconds wants a number".to_string())?
@@ -100,10 +100,8 @@ fn arguments() -> Result<Arguments, String> {
             "--rewriting" => a.choice.rewriting = true,
             "--exact-flags" => a.options.exact_flags = true,
             "--system" => a.system = true,
-            "--limits" => a.system_choice.limits = true,
-            "--gates" => a.system_choice.gates = true,
             "--invpcid" => a.system_choice.invpcid = true,
-            "--debug" => a.system_choice.debug = true,
+            "--watch" => a.system_choice.watch = true,
             "--segments" => a.options.segments = true,
             "--self-check" => a.self_check = true,
             "--hot" => a.hot = true,
@@ -125,7 +123,7 @@ fn arguments() -> Result<Arguments, String> {
             _ => a.files.push(word.clone()),
         }
     }
-    if a.only_case.is_some() {
+    if a.first_case.is_some() && a.cases == u64::MAX {
         a.cases = 1;
     }
     if a.cases == u64::MAX && a.instructions == u64::MAX && a.seconds == f64::INFINITY {
@@ -204,7 +202,7 @@ fn system(_: &Arguments) -> Result<u64, String> {
 #[cfg(feature = "translator")]
 fn system(a: &Arguments) -> Result<u64, String> {
     use bunshin_oracle::system::{campaign::Campaign, compare, generate, machine, qemu::Qemu, SystemCase};
-    let first = a.only_case.unwrap_or(0);
+    let first = a.first_case.unwrap_or(0);
     if a.show {
         for index in first..first.saturating_add(a.cases.min(1000)) {
             let case = generate::case(a.seed, index, a.system_choice);
@@ -273,7 +271,7 @@ fn run(a: &Arguments) -> Result<u64, String> {
         return Ok(0);
     }
     if a.show {
-        let first = a.only_case.unwrap_or(0);
+        let first = a.first_case.unwrap_or(0);
         for index in first..first.saturating_add(a.cases.min(1000)) {
             println!("{}", generator.case(a.seed, index).to_text(&format!("seed {} case {index}", a.seed)));
         }
@@ -329,7 +327,7 @@ fn run(a: &Arguments) -> Result<u64, String> {
 fn random(a: &Arguments, generator: &mut Generator, comparison: &mut Comparison, counts: &mut Counts) {
     let start = Instant::now();
     let mut told = start;
-    let mut index = a.only_case.unwrap_or(0);
+    let mut index = a.first_case.unwrap_or(0);
     while counts.cases < a.cases && counts.instructions < a.instructions && counts.differences < a.stop_after
     {
         if counts.cases % 256 == 0 {

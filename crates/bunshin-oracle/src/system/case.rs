@@ -15,7 +15,7 @@ use iced_x86::{Decoder, DecoderOptions, Formatter, Instruction, NasmFormatter};
 use std::fmt::Write;
 
 /// Names and lengths of the word arrays, in the order of the layout.
-const FIELDS: [(&str, usize); 35] = [
+const FIELDS: [(&str, usize); 37] = [
     ("gpr", 16),
     ("rip", 1),
     ("cs", 1),
@@ -43,6 +43,8 @@ const FIELDS: [(&str, usize); 35] = [
     ("sysenter_esp", 1),
     ("sysenter_eip", 1),
     ("idt", 1),
+    ("breakpoint", 4),
+    ("dr7", 1),
     ("gdt", 32),
     ("ldt", 8),
     ("tss", 24),

@@ -8,16 +8,13 @@ use super::layout::*;
 use crate::random::Random;
 
 mod instructions;
+pub use instructions::MSRS;
 
-/// What to generate beyond what the translator models.
+/// What to generate beyond what QEMU 7.2 can judge.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Choice {
-    /// Descriptors with limits and bases, null segments in 32-bit code.
-    pub limits: bool,
-    /// Call gates.
-    pub gates: bool,
-    /// MOV to and from debug registers.
-    pub debug: bool,
+    /// Breakpoints on data, of some of which QEMU 7.2 dies.
+    pub watch: bool,
     /// INVPCID, which QEMU 7.2 lacks.
     pub invpcid: bool,
 }
@@ -157,8 +154,7 @@ impl Draft<'_> {
             self.case.set(name, value);
         }
         for name in ["ds", "es", "fs", "gs"] {
-            let null = self.mode.bits == 64 || self.choice.limits;
-            let value = if null && self.random.one_in(3) { 0 } else { USER_SS };
+            let value = if self.random.one_in(3) { 0 } else { USER_SS };
             self.case.set(name, value);
         }
         for name in ["fs_base", "gs_base", "kernel_gs_base"] {
@@ -212,6 +208,14 @@ impl Draft<'_> {
         ] {
             self.case.set(name, value);
         }
+        if self.random.one_in(3) {
+            let breakpoint = at("breakpoint");
+            for n in 0..4 {
+                self.case.words[breakpoint + n] = self.breakpoint(n as u64);
+            }
+            let dr7 = self.dr7();
+            self.case.set("dr7", dr7);
+        }
         let tss = at("tss");
         // Bits that let ports through; the last byte stays all ones.
         for word in &mut self.case.words[tss + 13..tss + 23] {
@@ -227,6 +231,35 @@ impl Draft<'_> {
         }
     }
 
+    /// Is breakpoint `n` for code in this case?
+    fn for_code(&self, n: u64) -> bool {
+        n / 2 == self.lstar as u64 % 2
+    }
+
+    /// What breakpoint `n` may wait for: a slot of the case, or the last quadword of a
+    /// page. QEMU has stores that are not aligned meet what lies below them in their
+    /// page, and loads all of the aligned pieces that they are made of.
+    fn breakpoint(&mut self, n: u64) -> u64 {
+        if self.for_code(n) {
+            self.random.pick(&[CODE_USER, CODE_SUPERVISOR]) + SLOT * self.random.below(SLOTS as u64)
+        } else {
+            WINDOW + 0x1000 * (3 + self.random.below(14)) - 8
+        }
+    }
+
+    /// Breakpoints on code, stores and accesses, without general detect.
+    fn dr7(&mut self) -> u64 {
+        let mut value = 0x400 | self.random.below(4) << 8;
+        for n in 0..4 {
+            if self.random.one_in(2) && (self.for_code(n) || self.choice.watch) {
+                value |= 1 << (2 * n + self.random.below(2));
+            }
+            let data = self.random.pick(&[9, 11]);
+            value |= if self.for_code(n) { 0 } else { data } << (16 + 4 * n);
+        }
+        value
+    }
+
     fn descriptors(&mut self) {
         let gdt = at("gdt");
         for (selector, access) in
@@ -234,12 +267,10 @@ impl Draft<'_> {
         {
             self.case.words[gdt + selector as usize / 8] = flat(access);
         }
-        if self.choice.gates {
-            let target = CODE_SUPERVISOR + self.lstar as u64 * SLOT;
-            let gate = target & 0xffff | KERNEL_CS << 16 | 0xec << 40 | (target >> 16 & 0xffff) << 48;
-            self.case.words[gdt + GATE as usize / 8] = gate;
-            self.case.words[gdt + GATE as usize / 8 + 1] = target >> 32;
-        }
+        let target = CODE_SUPERVISOR + self.lstar as u64 * SLOT;
+        let gate = target & 0xffff | KERNEL_CS << 16 | 0xec << 40 | (target >> 16 & 0xffff) << 48;
+        self.case.words[gdt + GATE as usize / 8] = gate;
+        self.case.words[gdt + GATE as usize / 8 + 1] = target >> 32;
         for i in RANDOM..32 {
             self.case.words[gdt + i] = self.descriptor();
         }
@@ -249,7 +280,7 @@ impl Draft<'_> {
         }
     }
 
-    /// A segment of any type, flat unless limits are asked for.
+    /// A segment of any type, half of them flat.
     fn descriptor(&mut self) -> u64 {
         match self.random.below(12) {
             0 => 0,
@@ -264,9 +295,15 @@ impl Draft<'_> {
                 let size = self.random.pick(&[0xc000, 0xc000, 0xa000]);
                 let size = if kind & 8 == 0 { 0xc000 } else { size };
                 let mut descriptor = flat(0x10 | kind | dpl << 5 | present | size);
-                if self.choice.limits && self.random.one_in(2) {
-                    descriptor &= !0xf_0000_0000_ffff;
-                    descriptor |= self.random.below(0x1_0000) | (self.random.below(2) * 0x80_0000_0000_0000);
+                if self.random.one_in(2) {
+                    // QEMU looks at no limit where code and data are used: most, and all of
+                    // code, have room for what a case does.
+                    let (low, page) = match (kind & 0xc, self.random.below(4)) {
+                        (4, _) | (0, 0) => (self.random.below(0x1_0000), self.random.below(2)),
+                        _ => (0x1_1000 + self.random.below(0xe_0000), 1),
+                    };
+                    descriptor &= !0x8f_0000_0000_ffff;
+                    descriptor |= low & 0xffff | (low & 0xf_0000) << 32 | page << 55;
                 } else if kind & 0xc == 4 {
                     // Expanding down with a limit of all ones leaves nothing.
                     descriptor &= !(4 << 40);

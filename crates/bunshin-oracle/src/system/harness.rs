@@ -43,23 +43,26 @@ const MSRS: [(u32, &str); 11] = [
     (0xc000_0102, "kernel_gs_base"),
     (0xc000_0080, "efer"),
 ];
+/// Words of an exception's record that hold the code's bytes.
+pub const CODE_BYTES: usize = 34;
 const RECORDED_MSRS: usize = 7;
 const GPR: [AsmRegister64; 16] =
     [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
 
 /// Memory that data pages and stacks start from and that is summed up at the
-/// end, as (gpa, words), one group a sum.
+/// end, as (gpa, words), one group a sum. String operations that go down reach
+/// 48 bytes below the addresses of [`super::generate`].
 pub fn ranges() -> Vec<Vec<(u64, u64)>> {
     let tables = TABLES.iter().flat_map(|t| [(t + 0x3000, ENTRIES as u64), (t + 0x2000 + 8 * 129, 1)]);
     let mut groups = vec![tables.collect(), vec![(GDT, 32)], vec![(LDT, 8), (TSS, 24), (GDT_COPY, 32)]];
     for page in 0..4 {
         let at = PAGES + 0x1000 * page;
-        groups.push(vec![(at, 24), (at + 0xfc0, 8)]);
+        groups.push(vec![(at, 24), (at + 0xf80, 16)]);
     }
     let stack =
-        |n: u64| [(0, 24), (0x600, 96), (0xb00, 48), (0xfc0, 8)].map(|(at, w)| (PAGES + n * 0x1000 + at, w));
+        |n: u64| [(0, 24), (0x600, 96), (0xb00, 48), (0xf80, 16)].map(|(at, w)| (PAGES + n * 0x1000 + at, w));
     groups.push([stack(4), stack(5)].concat());
-    groups.push(vec![(LARGE, 32), (LARGE + 0xfc0, 8), (CODE + 0xfc0, 8)]);
+    groups.push(vec![(LARGE, 32), (LARGE + 0xf80, 16), (CODE + 0xf80, 16)]);
     groups
 }
 
@@ -180,6 +183,9 @@ impl Builder {
         self.a.set_label(&mut plain)?;
         self.descriptors(Code::Lidt_m1664, 3)?;
         self.a.set_label(&mut loaded)?;
+        // An exception from user mode has left a null one, and IRET to nowhere tells.
+        self.a.mov(eax, KERNEL_SS as u32)?;
+        self.a.mov(ss, eax)?;
         self.a.mov(eax, TR as u32)?;
         self.a.ltr(ax)?;
         self.a.mov(eax, LDTR as u32)?;
@@ -208,6 +214,14 @@ impl Builder {
             self.a.mov(rax, from(name))?;
             self.a.mov(register, rax)?;
         }
+        self.a.xor(eax, eax)?;
+        self.a.mov(dr6, rax)?;
+        for (i, register) in [dr0, dr1, dr2, dr3].into_iter().enumerate() {
+            self.a.mov(rax, qword_ptr(rbx + (offset("breakpoint") + 8 * i as u64) as i32))?;
+            self.a.mov(register, rax)?;
+        }
+        self.a.mov(rax, from("dr7"))?;
+        self.a.mov(dr7, rax)?;
         self.set(RUNNING, 1)?;
         self.a.mov(rsp, HALF + STACK_TOP)?;
         for name in ["ss", "rsp", "rflags", "cs", "rip"] {
@@ -267,7 +281,37 @@ impl Builder {
         self.a.sldt(ecx)?;
         self.a.shl(rcx, 16)?;
         self.a.or(rax, rcx)?;
-        self.a.mov(qword_ptr(rdi + 8 * 33), rax)
+        self.a.mov(qword_ptr(rdi + 8 * 33), rax)?;
+        for (register, word) in [(dr6, 36), (dr7, 37)] {
+            self.a.mov(rax, register)?;
+            self.a.mov(qword_ptr(rdi + 8 * word), rax)?;
+        }
+        self.code_bytes()
+    }
+
+    /// Sixteen bytes where the code was interrupted, if that is in its page and
+    /// leaves room; else zero. rdi: the record.
+    fn code_bytes(&mut self) -> Step {
+        let (mut ours, mut done) = (self.a.create_label(), self.a.create_label());
+        self.a.mov(rax, qword_ptr(rdi + 16))?;
+        self.a.mov(rdx, rax)?;
+        self.a.and(rdx, !0xfff)?;
+        self.a.xor(ecx, ecx)?;
+        self.a.xor(esi, esi)?;
+        self.a.cmp(rdx, CODE_USER as i32)?;
+        self.a.je(ours)?;
+        self.a.cmp(rdx, CODE_SUPERVISOR as i32)?;
+        self.a.jne(done)?;
+        self.a.set_label(&mut ours)?;
+        self.a.and(eax, 0xfff)?;
+        self.a.cmp(eax, 0xff0)?;
+        self.a.ja(done)?;
+        self.a.mov(rdx, HALF + CODE)?;
+        self.a.mov(rcx, qword_ptr(rdx + rax))?;
+        self.a.mov(rsi, qword_ptr(rdx + rax + 8))?;
+        self.a.set_label(&mut done)?;
+        self.a.mov(qword_ptr(rdi + 8 * CODE_BYTES as i32), rcx)?;
+        self.a.mov(qword_ptr(rdi + 8 * CODE_BYTES as i32 + 8), rsi)
     }
 
     /// Where to go on, or the end: rbx is the frame.
@@ -285,6 +329,12 @@ impl Builder {
         )?)?;
         self.a.cmp(ecx, 8)?;
         self.a.je(end)?;
+        // A breakpoint on code is met once.
+        let mut other = self.a.create_label();
+        self.a.cmp(ecx, 1)?;
+        self.a.jne(other)?;
+        self.a.or(qword_ptr(rbx + 16), 0x1_0000)?;
+        self.a.set_label(&mut other)?;
         self.a.mov(rax, qword_ptr(rbx))?;
         self.a.mov(rdx, rax)?;
         self.a.and(rdx, !0xfff)?;
@@ -322,6 +372,8 @@ impl Builder {
     }
 
     fn end(&mut self) -> Step {
+        self.a.xor(eax, eax)?;
+        self.a.mov(dr7, rax)?;
         for (value, register) in [(BOOT_ROOT, cr3), (CR4, cr4), (CR0, cr0), (0, cr8)] {
             self.a.mov(rax, value)?;
             self.a.mov(register, rax)?;

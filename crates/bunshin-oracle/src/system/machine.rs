@@ -118,7 +118,7 @@ fn clear_unused(record: &mut Record) {
 }
 
 /// Words of an exception's record.
-const EXCEPTION: [&str; 34] = [
+const EXCEPTION: [&str; 38] = [
     "vector",
     "error",
     "rip",
@@ -153,6 +153,10 @@ const EXCEPTION: [&str; 34] = [
     "cr8",
     "efer",
     "tr-ldtr",
+    "code",
+    "more code",
+    "dr6",
+    "dr7",
 ];
 
 /// Names of the words of a record with this tag.
@@ -296,7 +300,7 @@ mod translated {
                     Exit::PioOut { .. } | Exit::MmioWrite { .. } => {}
                     // As on QEMU's machine.
                     Exit::PioIn { size, count: 1, .. } => {
-                        reply = Reply::Value([0, 0xff, 0xffff, 0, 0][usize::from(size)]);
+                        reply = Reply::Value([0, 0xff, 0xffff, 0, 0xffff_ffff][usize::from(size)]);
                     }
                     Exit::PioIn { size, count, .. } => {
                         reply = Reply::Bytes(vec![0; usize::from(size) * count as usize]);

@@ -429,7 +429,9 @@ pub fn iret(v: &mut Vcpu, i: &Instruction) -> Done {
         return Ok(Flow::Jump);
     }
     let (sp0, mask) = (v.cpu().gpr[4], v.stack_mask());
-    let stack = if v.cpu().code64() || (cs & 3) as u8 > cpl {
+    // Another level's stack is read before CS is looked at, even where an inner level
+    // is refused then.
+    let stack = if v.cpu().code64() || (cs & 3) as u8 != cpl {
         let ss = v.peek(4 * n as u64, n)? as u16;
         let sp = v.peek(3 * n as u64, n)?;
         Some((ss, sp))
