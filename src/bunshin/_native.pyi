@@ -30,7 +30,7 @@ class EngineError(Exception):
     """The host or the engine refused; `args == (slug, sentence)`.
 
     Slugs of this module, besides the engine's own: `engine-name`, `not-ram`,
-    `memory-size`, `memory-map`, `host-memory`; `busy` (another thread uses the
+    `memory-size`, `memory-map`, `host-memory`, `debug`; `busy` (another thread uses the
     vcpu), `wrong-thread`, `reply` (not what the last exit wants), `incomplete`
     (the last exit has no answer yet), `cpu-state`, `engine-panic`.
     """
@@ -64,7 +64,9 @@ PIO_OUT     port, size, int, or bytes when several elements
 MMIO_READ   gpa, size, None                    reply: int
 MMIO_WRITE  gpa, size, int
 HYPERCALL   number, 0, None                    reply: int
-DEBUG       0, 0, None
+DEBUG       gva, 0, why (str): `breakpoint` before the instruction at gva; `read`, `write`
+            or `access` behind one that did so to the watchpoint that begins at gva;
+            `step` (gva 0)
 KICKED      0, 0, None
 SHUTDOWN    0, 0, sentence (str)
 FAILED      0, 0, sentence (str)
@@ -156,14 +158,38 @@ class Vcpu:
     def set_state(self, state: dict[str, Any]) -> None:
         """Replace the state; an exit that waited for its answer is forgotten.
 
+        A `tsc` of 0, an empty `lapic` and model-specific registers that are not named
+        leave what they stand for as it is.
+
         Raises EngineError (`cpu-state`) when it does not have those fields.
+        """
+    def set_debug(
+        self,
+        breakpoints: list[int] = ...,
+        watchpoints: list[tuple[int, int, str]] = ...,
+        step: bool = False,
+        interrupts: bool = False,
+    ) -> None:
+        """From the next run on, come back with DEBUG for this and for nothing else.
+
+        The guest does not notice: neither its memory nor its debug registers are used.
+
+        Args:
+            breakpoints: gva (linear) of instructions; `run` stops before one, also if it is
+                the first of the run.
+            watchpoints: `(gva, length in bytes, "read" | "write" | "access")`; `run` stops
+                behind the instruction that does so.
+            step: execute one instruction, whatever breakpoint is on it, and stop.
+            interrupts: deliver interrupts while stepping; otherwise they wait.
+        Raises:
+            EngineError: `debug`: more than the engine can hold, or no range of addresses.
         """
     def skip_time(self, ticks: int) -> None:
         """Take ticks of `Engine.host_tsc` out of the guest's time, all its clocks and timers."""
     def kick(self) -> None:
         """Make `run` return KICKED soon; any thread."""
     def translate(self, gva: int) -> int | None:
-        """gva to gpa as supervisor data, None where unmapped."""
+        """gva to gpa whatever its rights, None where unmapped; the guest does not notice."""
     def stats(self) -> dict[str, int]: ...
 
 def tsc_hz() -> int:

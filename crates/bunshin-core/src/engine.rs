@@ -1,5 +1,6 @@
 //! The boundary itself: [`Engine`], [`Vcpu`], [`Exit`], [`Reply`].
-use crate::error::Result;
+use crate::debug::{Debugging, Stop};
+use crate::error::{EngineError, Result};
 use crate::memory::Region;
 use crate::state::CpuState;
 use std::sync::Arc;
@@ -46,8 +47,11 @@ pub enum Exit {
         /// Value of rax.
         number: u64,
     },
-    /// A debug event that the owner asked for.
-    Debug,
+    /// What the owner asked for by [`Vcpu::set_debug`].
+    Debug {
+        /// What it was.
+        stop: Stop,
+    },
     /// Somebody called [`Kicker::kick`].
     Kicked,
     /// Triple fault.
@@ -91,8 +95,17 @@ pub trait Vcpu: Send {
     fn complete(&mut self, reply: Reply);
     /// Copy the state out; the last exit must be complete.
     fn state(&mut self) -> CpuState;
-    /// Replace the state.
+    /// Replace the state. A `tsc` of 0, an empty `lapic` and model-specific registers
+    /// that are not named leave what they stand for as it is.
     fn set_state(&mut self, state: &CpuState) -> Result<()>;
+    /// From the next run on, stop for this, and no longer for what was asked before;
+    /// the last exit must be complete.
+    fn set_debug(&mut self, debugging: &Debugging) -> Result<()> {
+        if *debugging == Debugging::default() {
+            return Ok(());
+        }
+        Err(EngineError::new("debug", "this engine stops for no breakpoints"))
+    }
     /// Take `ticks` of the host's time-stamp counter out of the guest's time: its
     /// counter goes back by so many, and the guest's other clocks and timers that
     /// the engine keeps go with it. Done alike to all processors of a machine after
@@ -100,7 +113,8 @@ pub trait Vcpu: Send {
     fn skip_time(&mut self, ticks: u64);
     /// A handle that kicks this processor.
     fn kicker(&self) -> Arc<dyn Kicker>;
-    /// Translate a guest-virtual address as supervisor data; None if unmapped.
+    /// Translate a guest-virtual address by the page tables in use, whatever its rights;
+    /// None if unmapped. The guest does not notice: no accessed bit changes.
     fn translate(&mut self, gva: u64) -> Option<u64>;
     /// Counters by name.
     fn stats(&self) -> Vec<(&'static str, u64)>;

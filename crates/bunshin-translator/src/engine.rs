@@ -1,10 +1,11 @@
 //! The translator behind the engine boundary.
-use crate::mmu::{Kind, Phys, Who};
+use crate::mmu::Phys;
 use crate::pages::{Pages, MAX_CPUS};
 use crate::shared::{Crew, Order, Shared};
 use crate::vcpu::{Effort, Vcpu as Cpu};
 use crate::{cpuid, host};
 use bunshin_core::chips::Chips;
+use bunshin_core::debug::Debugging;
 use bunshin_core::{
     clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu,
 };
@@ -237,6 +238,12 @@ impl Vcpu for Handle {
         self.0.visit(|v| v.set_state(state))
     }
 
+    fn set_debug(&mut self, debugging: &Debugging) -> Result<()> {
+        debugging.check()?;
+        self.0.visit(|v| v.set_debug(debugging));
+        Ok(())
+    }
+
     fn skip_time(&mut self, ticks: u64) {
         self.0.skip_time(ticks);
     }
@@ -246,13 +253,7 @@ impl Vcpu for Handle {
     }
 
     fn translate(&mut self, gva: u64) -> Option<u64> {
-        // A look from outside leaves no trace in CR2; accessed bits may be set.
-        let m = self
-            .0
-            .walk(gva, Who::System, Kind::Read)
-            .or_else(|_| self.0.walk(gva, Who::User, Kind::Read))
-            .ok()?;
-        Some(m.gpa | (gva & 0xfff))
+        self.0.look(gva)
     }
 
     fn stats(&self) -> Vec<(&'static str, u64)> {

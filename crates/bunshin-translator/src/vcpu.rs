@@ -4,6 +4,7 @@ use crate::block::{Blocks, Key, NumberMap};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
+use crate::debugger::Debugger;
 use crate::interp::debug::Armed;
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
@@ -179,6 +180,8 @@ pub struct Vcpu {
     /// Breakpoints that are armed, and those that the present instruction met.
     pub armed: Armed,
     pub met: u8,
+    /// What the owner wants to stop for.
+    pub debugger: Debugger,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -291,6 +294,7 @@ impl Vcpu {
             pdptes: [0; 4],
             armed: Armed::default(),
             met: 0,
+            debugger: Debugger::default(),
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -402,7 +406,7 @@ impl Vcpu {
     pub fn run(&mut self, reply: Reply) -> Exit {
         self.attach();
         let turn = Turn::new(self);
-        let e = turn.0.run_loop(reply);
+        let e = if turn.0.debugger.steps() { turn.0.run_one(reply) } else { turn.0.run_loop(reply) };
         drop(turn);
         signals::leave();
         if let Exit::PioIn { size, count, .. } = e {
@@ -452,6 +456,9 @@ impl Vcpu {
                 }
             }
             if self.cpu().eflags & (TF | RF) != 0 || self.cpu().shadow != 0 {
+                if let Some(e) = self.owners_breakpoint() {
+                    return e;
+                }
                 match self.code_breakpoint() {
                     Some(e) => self.deliver(e),
                     None => {
@@ -709,6 +716,7 @@ impl Vcpu {
         out: usize,
         traced: u64,
     ) -> std::result::Result<bool, Exit> {
+        self.debugger.stepped = !matches!(r, Err(Trap::Exit(_)));
         match r {
             Ok(flow) => {
                 self.answers.clear();
@@ -755,6 +763,7 @@ impl Vcpu {
             Ok(i) => i,
             Err(e) => {
                 self.deliver(e);
+                self.debugger.stepped = true;
                 return None;
             }
         };
@@ -845,7 +854,7 @@ impl Vcpu {
     }
 
     /// Kicks, timers, changed memory, interrupts; HLT waits here.
-    fn events(&mut self) -> Option<Exit> {
+    pub fn events(&mut self) -> Option<Exit> {
         loop {
             if let Some(e) = &self.fatal {
                 return Some(e.clone());
@@ -863,6 +872,9 @@ impl Vcpu {
             if let Some(e) = self.deferred.take() {
                 self.deliver(e);
                 continue;
+            }
+            if let Some(stop) = self.debugger.take_stop() {
+                return Some(stop);
             }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
@@ -884,7 +896,9 @@ impl Vcpu {
             self.arm();
             self.cpu_mut().irq_waiting = 0;
             let c = self.cpu();
-            if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
+            if self.debugger.holds_interrupts() {
+                self.hold_interrupts();
+            } else if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
                 // Others may wait behind it.

@@ -658,6 +658,11 @@ impl Chips {
         })
     }
 
+    /// Whether an NMI is pending.
+    pub fn nmi(&self, cpu: u32) -> bool {
+        self.lock().lapic(cpu).is_some_and(|lapic| lapic.nmi)
+    }
+
     /// Take a pending NMI.
     pub fn take_nmi(&self, cpu: u32) -> bool {
         self.lock().lapic(cpu).is_some_and(|lapic| std::mem::take(&mut lapic.nmi))

@@ -59,6 +59,7 @@ mod stack;
 use crate::asm::*;
 use crate::block::{Block, Heat, Key, Point, Site, NONE};
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
+use crate::debugger::at_owners_breakpoint;
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::interp::debug::at_breakpoint;
@@ -424,6 +425,9 @@ impl Vcpu {
                 Unit::focus(&mut plan);
             }
         }
+        if !u.v.debugger.breakpoints.is_empty() {
+            u.show_flags(&mut plan);
+        }
         if u.v.exact_flags {
             // Even what faults shows the flags as they were before it.
             plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
@@ -649,7 +653,8 @@ impl<'a> Unit<'a> {
                 continue;
             };
             let mut d = decoder(&self.bytes[off..self.span], self.bits, t);
-            live |= live_ahead(|| d.can_decode().then(|| d.decode()));
+            let shown = |ip| self.v.debugger.breaks_at(self.v.linear_rip(ip));
+            live |= live_ahead(|| (d.can_decode() && !shown(d.ip())).then(|| d.decode()));
             let to = t.wrapping_add(d.position() as u64);
             self.rely(t, to);
         }
@@ -671,6 +676,15 @@ impl<'a> Unit<'a> {
         self.a.jmp_abs(self.v.stubs.lookup);
         self.a.land(same);
         self.a.mov(RCX, S2);
+    }
+
+    /// Flags are looked at where the owner stops.
+    fn show_flags(&self, plan: &mut [Stretch]) {
+        for item in plan.iter_mut().flat_map(|s| &mut s.items) {
+            if self.v.debugger.breaks_at(self.v.linear_rip(item.insn.ip())) {
+                item.effect.reads = ALL;
+            }
+        }
     }
 
     fn point(&mut self, host_flags: bool) {
@@ -761,6 +775,9 @@ impl<'a> Unit<'a> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as i16;
         let live_before = item.effect.live_before(item.live_after);
+        if self.v.debugger.breaks_at(self.v.linear_rip(i.ip())) {
+            self.helper_by(HelperEntry::by(*i, Helper { run: at_owners_breakpoint, outside: true }));
+        }
         if self.mode & mode::DEBUG != 0 && self.v.code_hits(self.v.linear_rip(i.ip())) != 0 {
             let helper = Helper { run: at_breakpoint, outside: false };
             self.helper_by(HelperEntry::by(*i, helper));
