@@ -64,7 +64,7 @@ class Stub:
         self.sstep = 1 | NO_INTERRUPTS | NO_TIMERS
         self._cpu = 0  # of registers and memory (Hg)
         self._resumed = -1  # of `c` and `s` (Hc), -1 for all
-        self._why = b"S05"
+        self._why = b"T05thread:1;"
         self._tells_breakpoints = False
         # Stops of several processors at once are told one after the other.
         self._later: list[Stop] = []
