@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from itertools import pairwise
 from struct import pack, unpack_from
 
 # Registers as DWARF numbers them.
@@ -48,7 +49,7 @@ def frames(ips: memoryview, ips_at: int, entries: memoryview) -> bytes:
         return b""
     distances = array("i", bytes(ips[: 4 * count]))
     places = [(ips_at + 4 * n + distance) % (1 << 64) for n, distance in enumerate(distances)]
-    if any(a > b for a, b in zip(places, places[1:], strict=False)):
+    if any(a > b for a, b in pairwise(places)):
         return b""
     raw = [bytes(entries[6 * n : 6 * n + 6]) for n in range(count)]
     common = Counter(entry[5] & 7 for entry in raw).most_common(1)[0][0]

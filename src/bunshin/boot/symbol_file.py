@@ -12,6 +12,7 @@ Spec: System V ABI, chapter 4 (ELF). Not modelled: types, lines.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from struct import pack
 
 from ..errors import ImageError
@@ -96,7 +97,9 @@ def _places(vmlinux: Vmlinux, named: dict[str, int]) -> list[_Section]:
                 sections.append(_nothing(name, start, stop, _SHF_EXECINSTR))
                 at = stop
         if at < end:
-            sections.append(_nothing(f".data.{number}" if at != segment.vaddr else ".data", at, end, _SHF_WRITE))
+            sections.append(
+                _nothing(f".data.{number}" if at != segment.vaddr else ".data", at, end, _SHF_WRITE)
+            )
     return sections
 
 
@@ -109,7 +112,7 @@ def _table(bits: int, symbols: Found, sections: list[_Section]) -> tuple[bytes, 
     names = bytearray(b"\0")
     # A kernel's size of a symbol is what lies between it and the next.
     places = sorted({address for address, _, _ in symbols})
-    behind = dict(zip(places, places[1:], strict=False))
+    behind = dict(pairwise(places))
     rows: list[tuple[bool, bytes]] = []
     for address, kind, name in symbols:
         section, end = _SHN_ABS, 0
@@ -146,7 +149,7 @@ def _bytes(vmlinux: Vmlinux, named: dict[str, int], table: str) -> memoryview | 
     start, end = named.get(f"__start_{table}", 0), named.get(f"__stop_{table}", 0)
     for segment in vmlinux.segments:
         at = start - segment.vaddr
-        if start < end and 0 <= at and at + end - start <= len(segment.data):
+        if start < end and at >= 0 and at + end - start <= len(segment.data):
             return segment.data[at : at + end - start]
     return None
 

@@ -14,9 +14,7 @@ VERB = Verb(
     "backtraces, and how to unwind its stacks. KERNEL is a bzImage, an uncompressed ELF "
     "vmlinux, or the name of an image; the default is 'tiny'.",
     operands=("KERNEL",),
-    options=(
-        Option(("--output", "-o"), "FILE", f"Write this file; the default is {DEFAULT}, here."),
-    ),
+    options=(Option(("--output", "-o"), "FILE", f"Write this file; the default is {DEFAULT}, here."),),
     notes="""\
 Then, with a guest that was started by 'bunshin run -s' or '-s -S':
   gdb -ex 'target remote :1234' vmlinux.sym""",

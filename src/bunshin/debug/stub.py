@@ -323,7 +323,7 @@ class Stub:
     # Questions
 
     def _supported(self, rest: bytes) -> bytes:
-        self._tells_breakpoints = b"swbreak+" in rest.split(b";")
+        self._tells_breakpoints = b"swbreak+" in rest.removeprefix(b":").split(b";")
         return (
             b"PacketSize=%x;QStartNoAckMode+;qXfer:features:read+;qXfer:threads:read+;"
             b"vContSupported+;swbreak+;hwbreak+" % (LONGEST - 16)
