@@ -59,7 +59,7 @@ def frames(ips: memoryview, ips_at: int, entries: memoryview) -> bytes:
 
 
 _Rule = tuple[bool, bytes]
-"""Whether the frame is an interrupted one, and the instructions that describe it."""
+"""Whether the frame is an interrupt's, and the instructions that describe it."""
 
 
 def _rule(entry: bytes, kinds: dict[int, int]) -> _Rule:
@@ -86,7 +86,8 @@ def _rule(entry: bytes, kinds: dict[int, int]) -> _Rule:
             frame = _expression(0x0F, None, place(0))
         else:
             frame = b"\x0c" + _unsigned(base) + _unsigned(sp_offset)
-        return False, frame + bytes((0x80 | _RETURN, 1)) + _frame_pointer(bp_reg, bp_offset)
+        # From one stack to another: debuggers want callers above, but for interrupts.
+        return indirect, frame + bytes((0x80 | _RETURN, 1)) + _frame_pointer(bp_reg, bp_offset)
     sp, ip = (_REGS_SP, _REGS_IP) if kind == _REGS else (_FRAME_SP, 0)
     code = _expression(0x0F, None, place(sp) + b"\x06") + _expression(0x10, _RETURN, place(ip))
     if kind == _REGS:

@@ -21,6 +21,7 @@ import selectors
 import socket
 import stat
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -40,6 +41,8 @@ PORT = 1234
 CHUNK = 65536
 PATIENCE = 5.0
 """Seconds that a debugger has to take an answer before it counts as vanished."""
+FAREWELL = 0.5
+"""Seconds that it has to hang up after a goodbye."""
 BAD_ENDS = {"triple-fault", "panic", "failed"}
 STATUS = {"power-off": 0, "stopped": 0, "failed": 1, "panic": 3, "reset": 4, "triple-fault": 5}
 """What GDB shows as the guest's exit code: the statuses of `bunshin run`."""
@@ -357,7 +360,7 @@ class GdbServer:
             return
         self._connection = self._stub = self._target = None
         self._selector.unregister(connection)
-        connection.close()
+        _part(connection)
         try:
             if target is not None and self.machine.status in {"running", "paused"}:
                 target.interrupt()
@@ -368,6 +371,22 @@ class GdbServer:
             pass  # it has ended meanwhile
         finally:
             self._free.set()
+
+
+def _part(connection: socket.socket) -> None:
+    """Close a connection so that what was said last arrives: the other side closes first,
+    if it does so soon.
+    """
+    try:
+        connection.shutdown(socket.SHUT_WR)
+        deadline = time.monotonic() + FAREWELL
+        while (left := deadline - time.monotonic()) > 0:
+            connection.settimeout(left)
+            if not connection.recv(CHUNK):
+                break
+    except OSError:
+        pass  # it is gone, or stays
+    connection.close()
 
 
 def _kernel_bits(machine: Machine) -> int:

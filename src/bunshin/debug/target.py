@@ -60,7 +60,7 @@ class Target(Protocol):
     bits: int
 
     def state(self, cpu: int) -> State:
-        """Registers of a processor; `xsave` is a bytearray, the rest may be changed too."""
+        """Registers of a processor, to be changed at will; `xsave` is a bytearray."""
 
     def set_state(self, cpu: int, state: State) -> None:
         """Put changed registers back. Raises ValueError when the engine refuses them."""
@@ -98,6 +98,7 @@ class MachineTarget:
     def state(self, cpu: int) -> State:
         state = self.machine.cpu_registers(cpu)
         state["xsave"] = bytearray(state["xsave"])
+        state["gpr"] = list(state["gpr"])
         return state
 
     def set_state(self, cpu: int, state: State) -> None:
