@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from struct import pack
+from subprocess import CompletedProcess
 from typing import Protocol
 
 import pytest
@@ -484,6 +485,21 @@ def symbols(tiny: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> s
     path = tmp_path_factory.mktemp("symbols") / "vmlinux.sym"
     path.write_bytes(symbol_file.write(tiny["kernel"]))
     return str(path)
+
+
+def test_symbols_by_command(
+    tiny: dict[str, str], symbols: str, tmp_path: Path, command: Callable[..., CompletedProcess[bytes]]
+) -> None:
+    path = tmp_path / "out.sym"
+    done = command("symbols", tiny["kernel"], "--output", str(path))
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert str(path).encode() in done.stderr
+    assert path.read_bytes() == Path(symbols).read_bytes()
+    for words, status in (([str(tmp_path / "none")], 6), ([symbols], 6), (["nothing"], 2), (["a", "b"], 2)):
+        done = command("symbols", *words, "-o", str(tmp_path / "no"))
+        assert done.returncode == status, done.stderr
+        assert done.stderr.count(b"\n") == 1
+    assert not (tmp_path / "no").exists()
 
 
 def test_gdb_on_the_kernel(gdb: GdbProgram, symbols: str) -> None:
