@@ -47,6 +47,14 @@ pub struct Debugging {
     pub step: bool,
     /// Deliver interrupts while stepping, each a step of its own. Otherwise they wait.
     pub interrupts: bool,
+    /// Stop after exactly so many instructions, or when the processor halts, and say
+    /// [`Stop::Step`]. With `step` they are executed one by one, else as always, with
+    /// interrupts as always; there an instruction counts that was attempted, a repeated
+    /// string instruction once, and an interrupt does not.
+    pub count: Option<u64>,
+    /// With `count`: stop earlier, where the engine comes to the end of what it
+    /// executes in one piece; [`crate::Vcpu::executed`] tells where that is.
+    pub early: bool,
 }
 
 impl Debugging {

@@ -106,6 +106,10 @@ pub trait Vcpu: Send {
         }
         Err(EngineError::new("debug", "this engine stops for no breakpoints"))
     }
+    /// Instructions executed in runs with a `count`, ever.
+    fn executed(&self) -> u64 {
+        0
+    }
     /// Take `ticks` of the host's time-stamp counter out of the guest's time: its
     /// counter goes back by so many, and the guest's other clocks and timers that
     /// the engine keeps go with it. Done alike to all processors of a machine after
@@ -147,6 +151,13 @@ pub trait Engine: Send + Sync {
     fn doorbell(&self, address: u64, size: u8, value: Option<u64>, event: i32) -> Result<()>;
     /// Pages written since the last call: one bit a page, first page in bit 0.
     fn take_dirty(&self, gpa: u64, length: u64) -> Result<Vec<u8>>;
+    /// Let the guest's clocks stand at `ns` nanoseconds from now on, for runs that can
+    /// be repeated; None lets them run with the host's. Before the first processor is
+    /// taken the first time.
+    fn set_time(&self, ns: Option<u64>) -> Result<()> {
+        let _ = ns;
+        Err(EngineError::new("time", "this engine's time cannot be scripted"))
+    }
     /// Ticks of the guest's time-stamp counter in a second.
     fn tsc_hz(&self) -> u64;
     /// The host's time-stamp counter, which [`Vcpu::skip_time`] counts in.

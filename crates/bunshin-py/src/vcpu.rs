@@ -373,18 +373,27 @@ impl Vcpu {
     }
 
     /// From the next run on, stop for this and for nothing else.
-    #[pyo3(signature = (breakpoints = Vec::new(), watchpoints = Vec::new(), step = false, interrupts = false))]
+    #[pyo3(signature = (breakpoints = Vec::new(), watchpoints = Vec::new(), step = false, interrupts = false,
+        count = None, early = false))]
+    #[allow(clippy::too_many_arguments)]
     fn set_debug(
         &self,
         breakpoints: Vec<u64>,
         watchpoints: Vec<(u64, u64, String)>,
         step: bool,
         interrupts: bool,
+        count: Option<u64>,
+        early: bool,
     ) -> PyResult<()> {
         let watchpoints = watchpoints.into_iter().map(watchpoint).collect::<PyResult<_>>()?;
-        let debugging = Debugging { breakpoints, watchpoints, step, interrupts };
+        let debugging = Debugging { breakpoints, watchpoints, step, interrupts, count, early };
         let mut processor = self.lock_complete()?;
         processor.call(|vcpu| vcpu.set_debug(&debugging)).map_err(panicked)?.map_err(raise)
+    }
+
+    /// Instructions executed in runs with a `count`, ever.
+    fn executed(&self) -> PyResult<u64> {
+        self.lock()?.call(|vcpu| vcpu.executed()).map_err(panicked)
     }
 
     /// Take ticks of the host's time-stamp counter out of the guest's time.

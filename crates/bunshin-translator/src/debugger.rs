@@ -23,6 +23,9 @@ pub struct Debugger {
     watchpoints: Vec<Watchpoint>,
     step: bool,
     interrupts: bool,
+    /// `Vcpu::executed` at which to stop, and whether to stop at every block's end.
+    pub until: Option<u64>,
+    pub early: bool,
     /// What the present instruction accessed, if `Vcpu::met` says that it did.
     seen: Option<Watchpoint>,
     /// The owner is to be told at the next boundary.
@@ -94,9 +97,17 @@ impl Vcpu {
         }
         self.debugger.step = d.step;
         self.debugger.interrupts = d.interrupts;
+        let counted = self.counting();
+        self.debugger.until = d.count.map(|n| self.executed.saturating_add(n));
+        self.debugger.early = d.early;
+        self.started = self.executed;
+        if counted != self.counting() {
+            self.select_region();
+        }
         self.debugger.stepped = false;
         self.debugger.stop = None;
-        self.look = true;
+        // A run that goes on counting is to look for events as if it had never stopped.
+        self.look |= d.count.is_none();
         self.left = None;
     }
 
@@ -167,11 +178,23 @@ impl Vcpu {
             if let Some(e) = self.outbox.pop_front() {
                 return e;
             }
-            if std::mem::take(&mut self.debugger.stepped) {
+            if self.debugger.until.is_some() {
+                if std::mem::take(&mut self.debugger.stepped) {
+                    self.executed += u64::from(!std::mem::take(&mut self.unfinished));
+                }
+                if let Some(e) = self.spent() {
+                    return e;
+                }
+                self.forget_tables();
+            } else if std::mem::take(&mut self.debugger.stepped) {
                 return self.debugger.take_stop().unwrap_or(Exit::Debug { stop: Stop::Step });
             }
             if let Some(e) = self.events() {
                 return e;
+            }
+            if self.debugger.until.is_some() {
+                // An interrupt is no instruction.
+                self.debugger.stepped = false;
             }
             if self.cpu().halted != 0 || self.debugger.stepped {
                 continue;

@@ -1,4 +1,5 @@
 //! The translator behind the engine boundary.
+use crate::count::Plant;
 use crate::mmu::Phys;
 use crate::pages::{Pages, MAX_CPUS};
 use crate::shared::{Crew, Order, Shared};
@@ -34,6 +35,7 @@ pub struct TranslatorEngine {
     doorbells: Arc<Mutex<Vec<Doorbell>>>,
     effort: Effort,
     exact_flags: AtomicBool,
+    plant: Mutex<Option<Plant>>,
     /// The A20 gate is open.
     a20: Arc<AtomicBool>,
 }
@@ -79,6 +81,7 @@ impl TranslatorEngine {
             doorbells: Arc::default(),
             effort,
             exact_flags: AtomicBool::new(false),
+            plant: Mutex::default(),
             a20: Arc::new(AtomicBool::new(true)),
         });
         Ok(engine)
@@ -93,6 +96,12 @@ impl TranslatorEngine {
 }
 
 impl TranslatorEngine {
+    /// Let every processor taken from now on do something wrong; for trying those who
+    /// judge this engine.
+    pub fn plant(&self, what: Plant) {
+        *self.plant.lock().unwrap() = Some(what);
+    }
+
     /// Let the processors forget translations of memory that was changed from outside.
     fn changed(&self, pages: &Pages, gpa: u64, length: u64) {
         let end = gpa.saturating_add(length);
@@ -136,6 +145,7 @@ impl Engine for TranslatorEngine {
         v.doorbells = self.doorbells.clone();
         v.gate = self.a20.clone();
         v.effort = self.effort;
+        v.plant = *self.plant.lock().unwrap();
         v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
         Ok(Box::new(Handle(v)))
     }
@@ -210,6 +220,11 @@ impl Engine for TranslatorEngine {
         Err(EngineError::new("dirty-log", "this version keeps no dirty log"))
     }
 
+    fn set_time(&self, ns: Option<u64>) -> Result<()> {
+        self.chips.clock.set_script(ns);
+        Ok(())
+    }
+
     fn tsc_hz(&self) -> u64 {
         clock::tsc_hz()
     }
@@ -242,6 +257,10 @@ impl Vcpu for Handle {
         debugging.check()?;
         self.0.visit(|v| v.set_debug(debugging));
         Ok(())
+    }
+
+    fn executed(&self) -> u64 {
+        self.0.executed
     }
 
     fn skip_time(&mut self, ticks: u64) {

@@ -8,6 +8,7 @@
 mod asm;
 mod block;
 mod cache;
+mod count;
 mod counters;
 mod cpu;
 mod cpuid;
@@ -38,5 +39,7 @@ mod vcpu;
 mod vector;
 mod xstate;
 
+pub use count::Plant;
 pub use engine::TranslatorEngine;
+pub use insn::disassemble;
 pub use vcpu::Effort;

@@ -1053,6 +1053,9 @@ impl Vcpu {
 
     /// INVLPG in the current address space.
     pub fn invlpg(&mut self, va: u64) {
+        if self.plant == Some(crate::count::Plant::StaleTlb) {
+            return;
+        }
         let miss = self.stubs.lookup;
         let user = self.user_region;
         if self.regions.all[user].invalidate(va) {

@@ -269,6 +269,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
             || v.cpu().pending.load(Ordering::Relaxed) != 0
         {
             v.cpu_mut().rip = i.ip();
+            v.unfinished = true;
             return Ok(Flow::Jump);
         }
     }

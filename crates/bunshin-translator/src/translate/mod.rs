@@ -58,6 +58,7 @@ mod stack;
 
 use crate::asm::*;
 use crate::block::{Block, Heat, Key, Point, Site, NONE};
+use crate::count::Plant;
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
 use crate::debugger::at_owners_breakpoint;
 use crate::flags::{effect, live_ahead, Effect, ALL};
@@ -301,7 +302,10 @@ impl Vcpu {
         };
         let host = self.phys.host(gpa & !0xfff).unwrap();
         self.claim_code(page);
-        let mode = self.mode() | if alone { mode::ALONE } else { 0 };
+        let mut mode = self.mode() | if alone { mode::ALONE } else { 0 };
+        if self.cut_at.is_some() {
+            mode |= mode::CUT;
+        }
         let bits = mode::bits(mode);
         let (hot, lesson) = match version {
             Version::Hot(lesson) if bits == 64 => (true, std::mem::take(lesson)),
@@ -364,6 +368,9 @@ impl Vcpu {
             if !outside {
                 items.push(Item::new(insn, start, &mut factory));
             }
+        }
+        if let Some(most) = self.cut_at {
+            items.truncate(most);
         }
         if items.is_empty() {
             self.factory = Some(factory);
@@ -428,7 +435,7 @@ impl Vcpu {
         if !u.v.debugger.breakpoints.is_empty() {
             u.show_flags(&mut plan);
         }
-        if u.v.exact_flags {
+        if u.v.exact_flags || mode & mode::COUNTED != 0 {
             // Even what faults shows the flags as they were before it.
             plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
         } else {
@@ -492,6 +499,7 @@ impl Vcpu {
             key,
             second: second.map(|s| (s.va, s.gpa)),
             length: guest_length,
+            count: plan[0].items.len() as u32,
             dead: false,
             host: at,
             host_length: length,
@@ -758,7 +766,7 @@ impl<'a> Unit<'a> {
             }
             shadow = item.insn.mnemonic() == M::Sti;
             if shadow && n + 1 == s.items.len() {
-                self.window(item.insn.next_ip());
+                self.leave_shadowed(item.insn.next_ip());
                 ended = true;
             }
         }
@@ -777,6 +785,9 @@ impl<'a> Unit<'a> {
         let live_before = item.effect.live_before(item.live_after);
         if self.v.debugger.breaks_at(self.v.linear_rip(i.ip())) {
             self.helper_by(HelperEntry::by(*i, Helper { run: at_owners_breakpoint, outside: true }));
+        }
+        if self.mode & mode::COUNTED != 0 {
+            self.a.store32_imm(at::BEGUN, self.now as u32 + 1);
         }
         if self.mode & mode::DEBUG != 0 && self.v.code_hits(self.v.linear_rip(i.ip())) != 0 {
             let helper = Helper { run: at_breakpoint, outside: false };
@@ -875,6 +886,7 @@ impl<'a> Unit<'a> {
                 self.stack = 0;
                 self.a.mov(5, S0);
             }
+            M::Cmc if self.v.plant == Some(Plant::WrongFlag) => {}
             M::Cli => self.a.store8_imm(at::IFLAG, 0),
             M::Sti => {
                 self.a.store8_imm(at::IFLAG, 1);
