@@ -21,6 +21,7 @@ __all__ = [
     "Region",
     "Vcpu",
     "__version__",
+    "disassemble",
     "host_features",
     "perf_map",
     "tsc_hz",
@@ -30,7 +31,7 @@ class EngineError(Exception):
     """The host or the engine refused; `args == (slug, sentence)`.
 
     Slugs of this module, besides the engine's own: `engine-name`, `not-ram`,
-    `memory-size`, `memory-map`, `host-memory`; `busy` (another thread uses the
+    `memory-size`, `memory-map`, `host-memory`, `debug`; `busy` (another thread uses the
     vcpu), `wrong-thread`, `reply` (not what the last exit wants), `incomplete`
     (the last exit has no answer yet), `cpu-state`, `engine-panic`.
     """
@@ -45,6 +46,11 @@ class Region(Buffer):
     def __new__(cls, length: int) -> Self:
         """Reserve `length` bytes, a multiple of 4096. Raises EngineError."""
     def __len__(self) -> int: ...
+    def difference(self, other: Region, start: int = 0) -> int | None:
+        """The first offset at or behind `start` where two regions of the same length differ.
+
+        Raises EngineError (`memory-size`) when the lengths differ.
+        """
 
 PIO_IN: Final[int]
 PIO_OUT: Final[int]
@@ -64,7 +70,9 @@ PIO_OUT     port, size, int, or bytes when several elements
 MMIO_READ   gpa, size, None                    reply: int
 MMIO_WRITE  gpa, size, int
 HYPERCALL   number, 0, None                    reply: int
-DEBUG       0, 0, None
+DEBUG       gva, 0, why (str): `breakpoint` before the instruction at gva; `read`, `write`
+            or `access` behind one that did so to the watchpoint that begins at gva;
+            `step` (gva 0)
 KICKED      0, 0, None
 SHUTDOWN    0, 0, sentence (str)
 FAILED      0, 0, sentence (str)
@@ -74,8 +82,12 @@ FAILED      0, 0, sentence (str)
 class Engine:
     """Processors, memory map and interrupt controllers of one machine."""
 
-    def __new__(cls, name: str, cpus: int = 1) -> Self:
-        """Create the engine called `name` ("translator"). Raises EngineError."""
+    def __new__(cls, name: str, cpus: int = 1, plant: str | None = None) -> Self:
+        """Create the engine called `name` ("translator"). Raises EngineError.
+
+        With `plant` it does something wrong, for trying those who judge engines:
+        `wrong-flag`, `fault-address`, `stale-code`, `stale-tlb` or `lost-window`.
+        """
     @property
     def name(self) -> str: ...
     @property
@@ -91,6 +103,11 @@ class Engine:
     def set_irq(self, gsi: int, level: bool) -> None: ...
     def set_a20(self, open: bool) -> None:
         """Open or close the A20 gate: closed, bit 20 of every gpa is forced to 0."""
+    def set_time(self, ns: int | None) -> None:
+        """Let the guest's clocks stand at `ns` nanoseconds; None: run with the host's.
+
+        Raises EngineError (`time`): this engine's time cannot be scripted.
+        """
     def send_msi(self, address: int, data: int) -> None: ...
     def doorbell(self, address: int, size: int, value: int | None, event: int) -> None: ...
     def take_dirty(self, gpa: int, length: int) -> bytes: ...
@@ -156,18 +173,54 @@ class Vcpu:
     def set_state(self, state: dict[str, Any]) -> None:
         """Replace the state; an exit that waited for its answer is forgotten.
 
+        A `tsc` of 0, an empty `lapic` and model-specific registers that are not named
+        leave what they stand for as it is.
+
         Raises EngineError (`cpu-state`) when it does not have those fields.
         """
+    def set_debug(
+        self,
+        breakpoints: list[int] = ...,
+        watchpoints: list[tuple[int, int, str]] = ...,
+        step: bool = False,
+        interrupts: bool = False,
+        count: int | None = None,
+        early: bool = False,
+    ) -> None:
+        """From the next run on, come back with DEBUG for this and for nothing else.
+
+        The guest does not notice: neither its memory nor its debug registers are used.
+
+        Args:
+            breakpoints: gva (linear) of instructions; `run` stops before one, also if it is
+                the first of the run.
+            watchpoints: `(gva, length in bytes, "read" | "write" | "access")`; `run` stops
+                behind the instruction that does so.
+            step: execute one instruction, whatever breakpoint is on it, and stop.
+            interrupts: deliver interrupts while stepping; otherwise they wait.
+            count: stop with `step` after so many instructions, or when the processor halts.
+                With `step` they are executed one by one, otherwise as always. One counts
+                that was attempted, a repeated string instruction once, interrupts do not.
+            early: with `count`, stop where the engine comes to the end of what it executes
+                in one piece.
+        Raises:
+            EngineError: `debug`: more than the engine can hold, or no range of addresses.
+        """
+    def executed(self) -> int:
+        """Instructions executed in runs with a `count`, ever."""
     def skip_time(self, ticks: int) -> None:
         """Take ticks of `Engine.host_tsc` out of the guest's time, all its clocks and timers."""
     def kick(self) -> None:
         """Make `run` return KICKED soon; any thread."""
     def translate(self, gva: int) -> int | None:
-        """gva to gpa as supervisor data, None where unmapped."""
+        """gva to gpa whatever its rights, None where unmapped; the guest does not notice."""
     def stats(self) -> dict[str, int]: ...
 
 def tsc_hz() -> int:
     """Rate of the host's time-stamp counter in Hz."""
+
+def disassemble(code: bytes, bits: int, ip: int) -> tuple[str, int]:
+    """The first instruction of code of 16, 32 or 64 bits as text, and its length in bytes."""
 
 def perf_map(path: str | os.PathLike[str], symbols: list[tuple[int, str]]) -> None:
     """Write names of translated code to `path` from now on, as perf's JIT maps want them.

@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+DebugListener = Callable[[int, str, int], object]
+"""`(cpu, why, gva)` as the exit DEBUG has them; called on the processor's thread."""
+
 _PATIENCE = 1.0
 """Seconds that `stats` waits for a processor held up in a device."""
 _NO_HYPERCALL = -1000 & 0xFFFF_FFFF_FFFF_FFFF
@@ -85,6 +88,8 @@ class _Cpu:
         self.vcpu = vcpu
         self.thread: Thread | None = None
         self.parked = False
+        # Stands still while the others may run.
+        self.held = False
         # Ticks of the host's time-stamp counter that the guest shall not notice.
         self.skip = 0
         self.calls: list[Callable[[], None]] = []
@@ -174,6 +179,7 @@ class Machine:
         # True whenever a processor's thread must look up from its loop.
         self._attention = False
         self._paused_at = 0
+        self._on_debug: DebugListener | None = None
         self._engine = engines.create(self.engine_name, self.config.cpus)
         self.clock = Clock(self._failed)
         try:
@@ -209,8 +215,8 @@ class Machine:
     ) -> None:
         self.close()
 
-    def start(self) -> Machine:
-        """Load the kernel and let the processors run.
+    def start(self, paused: bool = False) -> Machine:
+        """Load the kernel and let the processors run, or with `paused` wait for `resume`.
 
         Raises:
             ImageError: a file that cannot be read or is not what it should be.
@@ -227,9 +233,13 @@ class Machine:
                     self.memory.load,
                 )
                 self._threads[0].vcpu.set_state(state)
-            self._state = "running"
+            self._state = "paused" if paused else "running"
+            self._attention = paused
             _open.add(self)
-            self.clock.resume()
+            if paused:
+                self._paused_at = self._engine.host_tsc()
+            else:
+                self.clock.resume()
             for cpu in self._threads:
                 name = f"bunshin-cpu{cpu.index}"
                 cpu.thread = Thread(target=self._run, args=(cpu,), name=name, daemon=True)
@@ -303,7 +313,7 @@ class Machine:
                 cpu.skip += lost
             self.clock.resume()
             self._state = "running"
-            self._attention = any(cpu.calls for cpu in self._threads)
+            self._attention = self._wanted()
             self._lock.notify_all()
 
     def stop(self) -> None:
@@ -343,7 +353,7 @@ class Machine:
 
     def cpu_registers(self, cpu: int) -> dict[str, Any]:
         """The state of processor `cpu`; a running one stands still for the copy."""
-        return self._on_cpu(cpu, lambda vcpu: vcpu.state())
+        return self.on_cpu(cpu, lambda vcpu: vcpu.state())
 
     def read_virtual(self, gva: int, length: int, cpu: int = 0) -> bytes:
         """Copy guest memory by the addresses that processor `cpu` uses now.
@@ -363,7 +373,70 @@ class Machine:
                 at += size
             return b"".join(parts)
 
-        return self._on_cpu(cpu, read)
+        return self.on_cpu(cpu, read)
+
+    def debug(self, listener: DebugListener | None) -> None:
+        """Tell `listener` what processors stop for by `Vcpu.set_debug`.
+
+        A processor that stops stands still from then on, while the others run, until
+        `hold` lets it go. Without a listener it runs on.
+
+        Raises:
+            ConfigError: there is a listener already.
+        """
+        with self._lock:
+            if listener is not None and self._on_debug is not None:
+                raise ConfigError("debug", "this machine has a debugger already")
+            self._on_debug = listener
+
+    def hold(self, cpus: Iterable[int]) -> None:
+        """Let these processors stand still while the machine runs, and no others."""
+        with self._lock:
+            held = set(cpus)
+            for cpu in self._threads:
+                cpu.held = cpu.index in held
+            self._wake()
+
+    def on_cpu(self, index: int, action: Callable[[Vcpu], T], timeout: float | None = None) -> T:
+        """Call `action` with processor `index` of the engine, on its thread, while it stands still.
+
+        Raises:
+            ConfigError: there is no such processor, or the machine does not live.
+            Timeout: the thread was held up in a device for `timeout` seconds.
+        """
+        if self._state == "built" or self._closed:
+            raise ConfigError("machine-state", f"this machine is {self.status}")
+        if not 0 <= index < len(self._threads):
+            raise ConfigError("cpu", f"cpu {index}: this machine has {len(self._threads)}")
+        cpu = self._threads[index]
+        done: list[T] = []
+        failed: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                with _NativeErrors(self._native):
+                    done.append(action(cpu.vcpu))
+            except BaseException as error:
+                failed.append(error)
+            self._lock.notify_all()
+
+        with self._lock:
+            if self._closed:
+                raise ConfigError("machine-state", "this machine is closed")
+            if cpu.thread is current_thread():
+                raise ConfigError("machine-state", "called by a device of this machine")
+            cpu.calls.append(call)
+            self._attention = True
+            cpu.vcpu.kick()
+            self._lock.notify_all()
+            while not done and not failed:
+                if self._closed and cpu.parked:
+                    raise ConfigError("machine-state", "this machine was closed")
+                if not self._lock.wait(timeout) and timeout is not None:
+                    raise Timeout("cpu-busy", f"cpu {index} did not answer within {timeout} s")
+        if failed:
+            raise failed[0]
+        return done[0]
 
     def irq(self, gsi: int) -> IrqLine:
         """A new interrupt line on input `gsi` of the interrupt controller.
@@ -420,7 +493,7 @@ class Machine:
             if cpu.thread is None or self._closed or cpu.thread is current_thread():
                 ask(cpu.vcpu)
             elif all(other.thread is not current_thread() for other in self._threads):
-                self._on_cpu(cpu.index, ask, _PATIENCE)
+                self.on_cpu(cpu.index, ask, _PATIENCE)
         except (self._native.EngineError, BunshinError):
             pass  # busy in a device, or broken
         return cpu.stats
@@ -462,6 +535,8 @@ class Machine:
                     bus.mmio_write(address, size, value)
                 elif kind == native.HYPERCALL:
                     reply = _NO_HYPERCALL
+                elif kind == native.DEBUG:
+                    self._stop_cpu(cpu, value, address)
                 elif kind == native.SHUTDOWN:
                     self._end("triple-fault", str(value))
                 elif kind == native.FAILED:
@@ -481,18 +556,22 @@ class Machine:
                     cpu.parked = True
                     self._lock.notify_all()
                     return False
-                if self._state == "running":
+                if self._state == "running" and not cpu.held:
                     if cpu.skip:
                         cpu.vcpu.skip_time(cpu.skip)
                         cpu.skip = 0
                     cpu.parked = False
-                    self._attention = any(other.calls for other in self._threads)
+                    self._attention = self._wanted()
                     return True
                 if not cpu.parked:
                     # Once: two that stand still would wake each other for ever.
                     cpu.parked = True
                     self._lock.notify_all()
                 self._lock.wait()
+
+    def _wanted(self) -> bool:
+        """Whether some processor must still look up from its loop; the lock is held."""
+        return any(cpu.calls or (cpu.held and not cpu.parked) for cpu in self._threads)
 
     def _wake(self) -> None:
         """Make every processor's thread look up; the lock is held."""
@@ -502,45 +581,14 @@ class Machine:
                 cpu.vcpu.kick()
         self._lock.notify_all()
 
-    def _on_cpu(self, index: int, action: Callable[[Vcpu], T], timeout: float | None = None) -> T:
-        """Run `action` on a processor's thread while the processor stands still.
-
-        Raises:
-            Timeout: the thread was held up in a device for `timeout` seconds.
-        """
-        if self._state == "built" or self._closed:
-            raise ConfigError("machine-state", f"this machine is {self.status}")
-        if not 0 <= index < len(self._threads):
-            raise ConfigError("cpu", f"cpu {index}: this machine has {len(self._threads)}")
-        cpu = self._threads[index]
-        done: list[T] = []
-        failed: list[BaseException] = []
-
-        def call() -> None:
-            try:
-                with _NativeErrors(self._native):
-                    done.append(action(cpu.vcpu))
-            except BaseException as error:
-                failed.append(error)
-            self._lock.notify_all()
-
+    def _stop_cpu(self, cpu: _Cpu, why: str, gva: int) -> None:
         with self._lock:
-            if self._closed:
-                raise ConfigError("machine-state", "this machine is closed")
-            if cpu.thread is current_thread():
-                raise ConfigError("machine-state", "called by a device of this machine")
-            cpu.calls.append(call)
+            listener = self._on_debug
+            if listener is None:
+                return  # it was asked for by somebody who has gone
+            cpu.held = True
             self._attention = True
-            cpu.vcpu.kick()
-            self._lock.notify_all()
-            while not done and not failed:
-                if self._closed and cpu.parked:
-                    raise ConfigError("machine-state", "this machine was closed")
-                if not self._lock.wait(timeout) and timeout is not None:
-                    raise Timeout("cpu-busy", f"cpu {index} did not answer within {timeout} s")
-        if failed:
-            raise failed[0]
-        return done[0]
+        listener(cpu.index, why, gva)
 
     def _guest_ended(self, kind: str, detail: str) -> None:
         if kind == "panic":

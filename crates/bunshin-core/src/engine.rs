@@ -1,5 +1,6 @@
 //! The boundary itself: [`Engine`], [`Vcpu`], [`Exit`], [`Reply`].
-use crate::error::Result;
+use crate::debug::{Debugging, Stop};
+use crate::error::{EngineError, Result};
 use crate::memory::Region;
 use crate::state::CpuState;
 use std::sync::Arc;
@@ -46,8 +47,11 @@ pub enum Exit {
         /// Value of rax.
         number: u64,
     },
-    /// A debug event that the owner asked for.
-    Debug,
+    /// What the owner asked for by [`Vcpu::set_debug`].
+    Debug {
+        /// What it was.
+        stop: Stop,
+    },
     /// Somebody called [`Kicker::kick`].
     Kicked,
     /// Triple fault.
@@ -91,8 +95,21 @@ pub trait Vcpu: Send {
     fn complete(&mut self, reply: Reply);
     /// Copy the state out; the last exit must be complete.
     fn state(&mut self) -> CpuState;
-    /// Replace the state.
+    /// Replace the state. A `tsc` of 0, an empty `lapic` and model-specific registers
+    /// that are not named leave what they stand for as it is.
     fn set_state(&mut self, state: &CpuState) -> Result<()>;
+    /// From the next run on, stop for this, and no longer for what was asked before;
+    /// the last exit must be complete.
+    fn set_debug(&mut self, debugging: &Debugging) -> Result<()> {
+        if *debugging == Debugging::default() {
+            return Ok(());
+        }
+        Err(EngineError::new("debug", "this engine stops for no breakpoints"))
+    }
+    /// Instructions executed in runs with a `count`, ever.
+    fn executed(&self) -> u64 {
+        0
+    }
     /// Take `ticks` of the host's time-stamp counter out of the guest's time: its
     /// counter goes back by so many, and the guest's other clocks and timers that
     /// the engine keeps go with it. Done alike to all processors of a machine after
@@ -100,7 +117,8 @@ pub trait Vcpu: Send {
     fn skip_time(&mut self, ticks: u64);
     /// A handle that kicks this processor.
     fn kicker(&self) -> Arc<dyn Kicker>;
-    /// Translate a guest-virtual address as supervisor data; None if unmapped.
+    /// Translate a guest-virtual address by the page tables in use, whatever its rights;
+    /// None if unmapped. The guest does not notice: no accessed bit changes.
     fn translate(&mut self, gva: u64) -> Option<u64>;
     /// Counters by name.
     fn stats(&self) -> Vec<(&'static str, u64)>;
@@ -133,6 +151,13 @@ pub trait Engine: Send + Sync {
     fn doorbell(&self, address: u64, size: u8, value: Option<u64>, event: i32) -> Result<()>;
     /// Pages written since the last call: one bit a page, first page in bit 0.
     fn take_dirty(&self, gpa: u64, length: u64) -> Result<Vec<u8>>;
+    /// Let the guest's clocks stand at `ns` nanoseconds from now on, for runs that can
+    /// be repeated; None lets them run with the host's. Before the first processor is
+    /// taken the first time.
+    fn set_time(&self, ns: Option<u64>) -> Result<()> {
+        let _ = ns;
+        Err(EngineError::new("time", "this engine's time cannot be scripted"))
+    }
     /// Ticks of the guest's time-stamp counter in a second.
     fn tsc_hz(&self) -> u64;
     /// The host's time-stamp counter, which [`Vcpu::skip_time`] counts in.

@@ -5,6 +5,7 @@
 
 pub mod chips;
 pub mod clock;
+pub mod debug;
 pub mod engine;
 pub mod error;
 pub mod memory;

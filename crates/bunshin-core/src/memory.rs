@@ -77,6 +77,27 @@ impl Region {
         self.length
     }
 
+    /// The first offset at or behind `start` where this region and another of the same
+    /// length differ.
+    pub fn difference(&self, other: &Self, start: usize) -> Option<usize> {
+        const STEP: usize = 4096;
+        let (mut a, mut b) = ([0u8; STEP], [0u8; STEP]);
+        let mut at = start;
+        while at < self.length.min(other.length) {
+            let n = STEP.min(self.length - at);
+            // SAFETY: inside both regions, whose lengths are compared above; the guest may
+            // race, and bytes are bytes.
+            let same = unsafe { libc::memcmp(self.host.add(at).cast(), other.host.add(at).cast(), n) == 0 };
+            if !same && self.read(at, &mut a[..n]) && other.read(at, &mut b[..n]) {
+                if let Some(k) = (0..n).find(|&k| a[k] != b[k]) {
+                    return Some(at + k);
+                }
+            }
+            at += n;
+        }
+        None
+    }
+
     /// Copy out of the region; false when the range lies outside it.
     pub fn read(&self, offset: usize, into: &mut [u8]) -> bool {
         if offset.checked_add(into.len()).is_none_or(|end| end > self.length) {

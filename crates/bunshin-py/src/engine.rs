@@ -2,6 +2,7 @@
 use crate::region::Region;
 use crate::vcpu::Vcpu;
 use crate::{raise, refuse};
+use bunshin_translator::Plant;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
@@ -21,12 +22,19 @@ fn not_ram(what: &str, gpa: u64, length: usize) -> PyErr {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (name, cpus = 1))]
-    fn new(py: Python<'_>, name: &str, cpus: u32) -> PyResult<Self> {
+    #[pyo3(signature = (name, cpus = 1, plant = None))]
+    fn new(py: Python<'_>, name: &str, cpus: u32, plant: Option<&str>) -> PyResult<Self> {
         match name {
             "translator" => {
                 let engine = py.allow_threads(|| bunshin_translator::TranslatorEngine::new(cpus));
-                Ok(Self { inner: engine.map_err(raise)? })
+                let engine = engine.map_err(raise)?;
+                if let Some(plant) = plant {
+                    let Some((_, plant)) = Plant::ALL.iter().find(|(n, _)| *n == plant) else {
+                        return Err(refuse("plant", format!("the translator cannot do {plant:?} wrong")));
+                    };
+                    engine.plant(*plant);
+                }
+                Ok(Self { inner: engine })
             }
             _ => Err(refuse("engine-name", format!("there is no engine {name:?}, expected \"translator\""))),
         }
@@ -116,6 +124,11 @@ impl Engine {
     /// Open or close the A20 gate: closed, bit 20 of every gpa is forced to 0.
     fn set_a20(&self, py: Python<'_>, open: bool) {
         py.allow_threads(|| self.inner.set_a20(open));
+    }
+
+    /// Let the guest's clocks stand at `ns` nanoseconds from now on; None: the host's time.
+    fn set_time(&self, py: Python<'_>, ns: Option<u64>) -> PyResult<()> {
+        py.allow_threads(|| self.inner.set_time(ns)).map_err(raise)
     }
 
     /// Deliver a message-signalled interrupt.

@@ -61,6 +61,15 @@ fn perf_map(py: Python<'_>, path: PathBuf, symbols: Vec<(u64, String)>) -> PyRes
     py.allow_threads(|| bunshin_translator::perf_map::start(&path, symbols)).map_err(raise)
 }
 
+/// The first instruction of some code as text, and its length in bytes.
+#[pyfunction]
+fn disassemble(code: &[u8], bits: u32, ip: u64) -> PyResult<(String, usize)> {
+    if !matches!(bits, 16 | 32 | 64) {
+        return Err(refuse("bits", format!("code of {bits} bits, expected 16, 32 or 64")));
+    }
+    Ok(bunshin_translator::disassemble(code, bits, ip))
+}
+
 /// The engine boundary as Python sees it.
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -75,6 +84,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
         module.add(name, kind)?;
     }
     module.add_function(wrap_pyfunction!(tsc_hz, module)?)?;
+    module.add_function(wrap_pyfunction!(disassemble, module)?)?;
     module.add_function(wrap_pyfunction!(perf_map, module)?)?;
     module.add_function(wrap_pyfunction!(host_features, module)?)
 }

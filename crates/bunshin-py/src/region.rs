@@ -1,5 +1,5 @@
 //! `Region`: host memory that can be guest RAM, seen through the buffer protocol.
-use crate::raise;
+use crate::{raise, refuse};
 use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -24,6 +24,16 @@ impl Region {
 
     fn __len__(&self) -> usize {
         self.inner.length()
+    }
+
+    /// The first offset at or behind `start` where two regions of the same length differ.
+    #[pyo3(signature = (other, start = 0))]
+    fn difference(&self, py: Python<'_>, other: &Bound<'_, Self>, start: usize) -> PyResult<Option<usize>> {
+        let other = &other.get().inner;
+        if other.length() != self.inner.length() {
+            return Err(refuse("memory-size", "regions of different lengths have no first difference"));
+        }
+        Ok(py.allow_threads(|| self.inner.difference(other, start)))
     }
 
     fn __repr__(&self) -> String {

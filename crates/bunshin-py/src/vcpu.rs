@@ -8,6 +8,7 @@
 use crate::dispatch::Dispatch;
 use crate::{raise, refuse};
 use bunshin_core::clock::{rdtsc, tsc_hz};
+use bunshin_core::debug::{Access, Debugging, Stop, Watchpoint};
 use bunshin_core::{panics, CpuState, Exit, Kicker, Reply};
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::PyTypeError;
@@ -156,11 +157,33 @@ fn exit_tuple(py: Python<'_>, exit: Exit) -> PyResult<Bound<'_, PyTuple>> {
         Exit::MmioRead { gpa, size } => tuple(py, MMIO_READ, gpa, size, nothing),
         Exit::MmioWrite { gpa, size, value } => tuple(py, MMIO_WRITE, gpa, size, value),
         Exit::Hypercall { number } => tuple(py, HYPERCALL, number, 0, nothing),
-        Exit::Debug => tuple(py, DEBUG, 0, 0, nothing),
+        Exit::Debug { stop } => {
+            let (address, why) = match stop {
+                Stop::Breakpoint(gva) => (gva, "breakpoint"),
+                Stop::Watchpoint(w) => (w.gva, access_name(w.access)),
+                Stop::Step => (0, "step"),
+            };
+            tuple(py, DEBUG, address, 0, why)
+        }
         Exit::Kicked => tuple(py, KICKED, 0, 0, nothing),
         Exit::Shutdown { reason } => tuple(py, SHUTDOWN, 0, 0, reason),
         Exit::Failed { reason } => tuple(py, FAILED, 0, 0, reason),
     }
+}
+
+/// Accesses that a watchpoint hears of, by name.
+const ACCESSES: [(&str, Access); 3] =
+    [("read", Access::Read), ("write", Access::Write), ("access", Access::Any)];
+
+fn access_name(access: Access) -> &'static str {
+    ACCESSES.iter().find(|(_, a)| *a == access).map_or("access", |(name, _)| name)
+}
+
+fn watchpoint((gva, length, name): (u64, u64, String)) -> PyResult<Watchpoint> {
+    let Some((_, access)) = ACCESSES.iter().find(|(n, _)| *n == name) else {
+        return Err(refuse("debug", format!("watchpoint: {name:?} is not read, write or access")));
+    };
+    Ok(Watchpoint { gva, length, access: *access })
 }
 
 /// One virtual processor; `run` and `complete` belong to one thread.
@@ -310,7 +333,7 @@ impl Vcpu {
                     return exit_tuple(py, exit);
                 }
                 Err(error) => {
-                    self.times.leave(entered, &Exit::Debug);
+                    self.times.leave(entered, &Exit::Kicked);
                     let mut processor = self.lock()?;
                     processor.wants = Wants::Nothing;
                     processor.call(|vcpu| vcpu.complete(Reply::Value(0))).map_err(panicked)?;
@@ -349,6 +372,30 @@ impl Vcpu {
         Ok(())
     }
 
+    /// From the next run on, stop for this and for nothing else.
+    #[pyo3(signature = (breakpoints = Vec::new(), watchpoints = Vec::new(), step = false, interrupts = false,
+        count = None, early = false))]
+    #[allow(clippy::too_many_arguments)]
+    fn set_debug(
+        &self,
+        breakpoints: Vec<u64>,
+        watchpoints: Vec<(u64, u64, String)>,
+        step: bool,
+        interrupts: bool,
+        count: Option<u64>,
+        early: bool,
+    ) -> PyResult<()> {
+        let watchpoints = watchpoints.into_iter().map(watchpoint).collect::<PyResult<_>>()?;
+        let debugging = Debugging { breakpoints, watchpoints, step, interrupts, count, early };
+        let mut processor = self.lock_complete()?;
+        processor.call(|vcpu| vcpu.set_debug(&debugging)).map_err(panicked)?.map_err(raise)
+    }
+
+    /// Instructions executed in runs with a `count`, ever.
+    fn executed(&self) -> PyResult<u64> {
+        self.lock()?.call(|vcpu| vcpu.executed()).map_err(panicked)
+    }
+
     /// Take ticks of the host's time-stamp counter out of the guest's time.
     fn skip_time(&self, ticks: u64) -> PyResult<()> {
         self.lock()?.call(|vcpu| vcpu.skip_time(ticks)).map_err(panicked)
@@ -359,7 +406,7 @@ impl Vcpu {
         py.allow_threads(|| self.kicker.kick());
     }
 
-    /// gva to gpa as supervisor data, None where unmapped.
+    /// gva to gpa whatever its rights, None where unmapped; the guest does not notice.
     fn translate(&self, gva: u64) -> PyResult<Option<u64>> {
         self.lock()?.call(|vcpu| vcpu.translate(gva)).map_err(panicked)
     }

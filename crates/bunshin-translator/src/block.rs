@@ -1,4 +1,5 @@
 //! Translation blocks: where they are, how they are found, linked and dropped.
+use crate::count::Plant;
 use crate::revive::Patch;
 use crate::translate::{Lesson, Moved};
 use crate::vcpu::Vcpu;
@@ -77,8 +78,9 @@ pub struct Block {
     /// Address and gpa of a second page that it depends on: the only instruction
     /// crosses into it, or it is hot code on both sides of a page end.
     pub second: Option<(u64, u64)>,
-    /// Guest bytes.
+    /// Guest bytes, and instructions.
     pub length: u16,
+    pub count: u32,
     pub dead: bool,
     /// Host registers that hold something else than outside.
     pub moved: Box<[Moved]>,
@@ -228,6 +230,9 @@ impl Vcpu {
     /// Code for an indirect jump to `rip`; 0 if it must be translated first.
     pub fn lookup(&mut self, rip: u64) -> u64 {
         self.counters.lookups += 1;
+        if self.counting() {
+            return 0;
+        }
         match self.find_block(rip, false) {
             Some(id) => {
                 let b = &self.blocks.all[id as usize];
@@ -245,6 +250,9 @@ impl Vcpu {
     /// Code for the direct jump `site` to `rip`, linking it where that is valid.
     pub fn link(&mut self, rip: u64, site: u32) -> u64 {
         let alone = self.is_alone(site);
+        if self.counting() {
+            return 0;
+        }
         let Some(id) = self.find_block(rip, alone) else { return 0 };
         self.link_to(site, id);
         self.blocks.all[id as usize].body
@@ -345,6 +353,9 @@ impl Vcpu {
     /// translations that were made from it. They may come back (`revive.rs`).
     pub fn code_changed(&mut self, gpa: u64, length: u64) {
         let Some(page) = self.phys.page(gpa) else { return };
+        if self.plant == Some(Plant::StaleCode) {
+            return;
+        }
         if self.phys.pages.code(page) & self.me() == 0 {
             return;
         }

@@ -121,6 +121,8 @@ pub struct Cpu {
     pub irq_waiting: u8,
     pub exit: u32,
     pub arg: u32,
+    /// In runs that count: instructions of the present block that have begun.
+    pub begun: u32,
     /// Entries that supervisor code made for user pages while AC was set.
     pub kuser: u32,
     pub host_pc: u64,
@@ -222,7 +224,7 @@ pub mod at {
     use super::*;
     offsets! {
         GPR = gpr; LAZY = lazy; PENDING = pending; RIP = rip; IFLAG = iflag; AC = ac; DF = df;
-        IRQ_WAITING = irq_waiting; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
+        IRQ_WAITING = irq_waiting; BEGUN = begun; EXIT = exit; ARG = arg; KUSER = kuser; HOST_PC = host_pc;
         HOST_RSP = host_rsp; REGION_BASE = region; RESUME = resume; GROUP = group; REFILL = refill;
         SCRATCH = scratch; BOUND = bound; AWAY = away; TMP = tmp; BY_HAND = by_hand; TMP2 = tmp2; REFILLS = refills;
         VCPU = vcpu; FN_FILL = fn_fill; FN_LOOKUP = fn_lookup;

@@ -520,3 +520,13 @@ mod tests {
         }
     }
 }
+
+/// The first instruction of `code`, which lies at `ip` in code of `bits`, as text, and
+/// its length in bytes.
+pub fn disassemble(code: &[u8], bits: u32, ip: u64) -> (String, usize) {
+    let i = decode(code, bits, ip);
+    if i.code() == iced_x86::Code::INVALID {
+        return ("(bad)".into(), 1);
+    }
+    (i.to_string(), i.len())
+}

@@ -8,15 +8,18 @@
 mod asm;
 mod block;
 mod cache;
+mod count;
 mod counters;
 mod cpu;
 mod cpuid;
+mod debugger;
 mod engine;
 mod flags;
 mod gate;
 pub mod host;
 mod insn;
 mod interp;
+mod look;
 mod mmu;
 mod msr;
 mod overflow;
@@ -36,5 +39,7 @@ mod vcpu;
 mod vector;
 mod xstate;
 
+pub use count::Plant;
 pub use engine::TranslatorEngine;
+pub use insn::disassemble;
 pub use vcpu::Effort;

@@ -856,7 +856,7 @@ impl Vcpu {
         Ok(())
     }
 
-    fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {
+    pub fn read_entry(&self, gpa: u64, wide: bool) -> Option<u64> {
         let host = self.phys.host(gpa & self.lines)?;
         // SAFETY: entries are aligned and inside guest RAM.
         Some(unsafe {
@@ -980,7 +980,7 @@ impl Vcpu {
     ) -> std::result::Result<(Option<u64>, u64), Exception> {
         let own = who == self.who();
         if own && kind != Kind::Fetch {
-            if self.armed.data {
+            if self.watching() {
                 self.note_access(va, size, kind);
             }
             if let Some(h) = self.regions.all[self.region].probe(va, size, kind == Kind::Write) {
@@ -1053,6 +1053,9 @@ impl Vcpu {
 
     /// INVLPG in the current address space.
     pub fn invlpg(&mut self, va: u64) {
+        if self.plant == Some(crate::count::Plant::StaleTlb) {
+            return;
+        }
         let miss = self.stubs.lookup;
         let user = self.user_region;
         if self.regions.all[user].invalidate(va) {

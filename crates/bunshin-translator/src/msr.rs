@@ -138,7 +138,7 @@ impl Vcpu {
                 // The adjustment tells by how much it was moved.
                 let by = x.wrapping_sub(self.tsc());
                 self.msrs.tsc_adjust = self.msrs.tsc_adjust.wrapping_add(by);
-                let offset = x.wrapping_sub(clock::rdtsc());
+                let offset = x.wrapping_sub(self.chips.clock.tsc());
                 self.set_tsc_offset(offset);
             }
             0x3b => {
@@ -270,11 +270,8 @@ impl Vcpu {
 
     /// struct pvclock_wall_clock: time of day at system time zero.
     fn write_wall_clock(&mut self, gpa: u64) {
-        let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: writes one timespec.
-        unsafe { libc::clock_gettime(libc::CLOCK_REALTIME, &mut t) };
-        let now = t.tv_sec as u64 * 1_000_000_000 + t.tv_nsec as u64;
-        let start = now - clock::now_ns().saturating_sub(self.start.ns);
+        let clock = &self.chips.clock;
+        let start = clock.wall_ns() - clock.now_ns().saturating_sub(self.start.ns);
         let mut b = [0u8; 16];
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());

@@ -101,6 +101,8 @@ impl Vcpu {
     fn behind(&mut self, behind: Behind) -> Way {
         let code = match behind {
             Behind::Code(code) => Some(code),
+            // Who counts looks at every block.
+            Behind::Block(_) if self.counting() => None,
             Behind::Block(key) => {
                 let found = self.blocks.index.get(&key).map(|&id| &self.blocks.all[id as usize]);
                 found.filter(|b| b.second.is_none()).map(|b| b.body)
@@ -131,6 +133,7 @@ impl Vcpu {
         };
         self.cpu_mut().rip = site.insn.ip();
         if self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0 {
+            self.not_begun();
             return LOOK;
         }
         self.counters.slow_steps += 1;
@@ -153,7 +156,11 @@ impl Vcpu {
         self.cpu_mut().rip = key.va;
         let Some(insn) = whole.then(|| self.decode_at(key.gpa, key.va)).flatten() else {
             let stopped = self.cpu().pending.load(Ordering::Relaxed) != 0 && self.cpu().shadow == 0;
-            return Err(if stopped { LOOK } else { ControlFlow::Break(self.step()) });
+            if stopped {
+                self.not_begun();
+                return Err(LOOK);
+            }
+            return Err(ControlFlow::Break(self.step()));
         };
         let length = insn.len() as u64;
         let behind = if (key.gpa & 0xfff) + length < 4096 {

@@ -163,6 +163,7 @@ pub fn any(v: &mut Vcpu, i: &Instruction) -> Done {
             return Ok(Flow::Next);
         }
         M::Lea => return lea(v, i),
+        M::Rdrand | M::Rdseed if v.debugger.until.is_some() => return crate::count::random(v, i),
         M::Cld | M::Std => {
             v.cpu_mut().df = u8::from(i.mnemonic() == M::Std);
             return Ok(Flow::Next);

@@ -225,7 +225,7 @@ impl Vcpu {
         self.chips.set_cr8(self.index, s.cr8 & 15);
         self.chips.set_waits_for_sipi(self.index, s.waits_for_sipi);
         if s.tsc != 0 {
-            let offset = s.tsc.wrapping_sub(bunshin_core::clock::rdtsc());
+            let offset = s.tsc.wrapping_sub(self.chips.clock.tsc());
             self.set_tsc_offset(offset);
         }
         self.settle();

@@ -4,6 +4,7 @@ use crate::block::{Blocks, Key, NumberMap};
 use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
+use crate::debugger::Debugger;
 use crate::interp::debug::Armed;
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
@@ -50,6 +51,9 @@ pub mod mode {
     pub const NO_SSE: u32 = 1 << 13;
     pub const NO_AVX: u32 = 1 << 14;
     pub const NO_AVX512: u32 = 1 << 15;
+    /// Instructions are counted (`count.rs`); the block was cut to a length for that.
+    pub const COUNTED: u32 = 1 << 17;
+    pub const CUT: u32 = 1 << 18;
     /// Alignment is checked: level 3, CR0.AM and AC.
     pub const ALIGN: u32 = 1 << 16;
     /// Breakpoints on code are armed.
@@ -179,6 +183,21 @@ pub struct Vcpu {
     /// Breakpoints that are armed, and those that the present instruction met.
     pub armed: Armed,
     pub met: u8,
+    /// What the owner wants to stop for.
+    pub debugger: Debugger,
+    /// Instructions executed in runs that count them, and the clock that they saw last.
+    pub executed: u64,
+    /// `executed` when that was asked for last.
+    pub started: u64,
+    pub script: Option<u64>,
+    /// The present instruction is a repeated one that goes on later.
+    pub unfinished: bool,
+    /// Most instructions that blocks get now; the block that was made so.
+    pub cut_at: Option<usize>,
+    pub cut: Option<u32>,
+    /// Draws from the generator that stands for the host's in such runs.
+    pub draws: u64,
+    pub plant: Option<crate::count::Plant>,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -291,6 +310,15 @@ impl Vcpu {
             pdptes: [0; 4],
             armed: Armed::default(),
             met: 0,
+            debugger: Debugger::default(),
+            executed: 0,
+            started: 0,
+            script: None,
+            unfinished: false,
+            cut_at: None,
+            cut: None,
+            draws: 0,
+            plant: None,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -359,6 +387,9 @@ impl Vcpu {
         if self.armed.code {
             m |= mode::DEBUG;
         }
+        if self.counting() {
+            m |= mode::COUNTED;
+        }
         if self.aligned() {
             m |= mode::ALIGN;
         }
@@ -401,8 +432,10 @@ impl Vcpu {
     /// Run until the owner is needed.
     pub fn run(&mut self, reply: Reply) -> Exit {
         self.attach();
+        let script = self.chips.clock.script();
+        self.look |= std::mem::replace(&mut self.script, script) != script;
         let turn = Turn::new(self);
-        let e = turn.0.run_loop(reply);
+        let e = if turn.0.debugger.steps() { turn.0.run_one(reply) } else { turn.0.run_loop(reply) };
         drop(turn);
         signals::leave();
         if let Exit::PioIn { size, count, .. } = e {
@@ -411,7 +444,7 @@ impl Vcpu {
             self.owed = Some(Owed::Answer { size, count: 1 });
         } else if let Exit::Hypercall { .. } = e {
             self.owed = Some(Owed::Answer { size: 8, count: 1 });
-        } else if !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. }) {
+        } else if !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. }) && !self.counted_stop(&e) {
             // A kick may have come together with something else.
             self.look = true;
             if perf_map::is_on() {
@@ -433,12 +466,21 @@ impl Vcpu {
         if let Some(e) = self.outbox.pop_front() {
             return e;
         }
-        let mut inside = match self.go_on(answered) {
+        let way = self.go_on(answered);
+        if answered {
+            self.count_step();
+        }
+        let mut inside = match way {
             ControlFlow::Continue(()) => true,
             ControlFlow::Break(None) => false,
             ControlFlow::Break(Some(e)) => return e,
         };
         loop {
+            if !inside && self.counting() {
+                if let Some(e) = self.spent() {
+                    return e;
+                }
+            }
             if std::mem::take(&mut self.look) || self.eventful() {
                 inside = false;
                 let (started, halted) = (clock::rdtsc(), self.times.halted);
@@ -452,10 +494,19 @@ impl Vcpu {
                 }
             }
             if self.cpu().eflags & (TF | RF) != 0 || self.cpu().shadow != 0 {
+                if let Some(e) = self.owners_breakpoint() {
+                    return e;
+                }
                 match self.code_breakpoint() {
-                    Some(e) => self.deliver(e),
+                    Some(e) => {
+                        self.deliver(e);
+                        self.debugger.stepped = true;
+                        self.count_step();
+                    }
                     None => {
-                        if let Some(e) = self.step() {
+                        let e = self.step();
+                        self.count_step();
+                        if let Some(e) = e {
                             return e;
                         }
                     }
@@ -465,13 +516,12 @@ impl Vcpu {
             }
             if !std::mem::take(&mut inside) {
                 let rip = self.cpu().rip;
-                let id = match self.find_block(rip, false) {
-                    Some(id) => id,
-                    None => match self.translate_here(rip, NO_SITE) {
-                        Some(id) => id,
-                        None => continue,
-                    },
+                let found = if self.counting() {
+                    self.counted_block(rip, false)
+                } else {
+                    self.find_block(rip, false).or_else(|| self.translate_here(rip, NO_SITE))
                 };
+                let Some(id) = found else { continue };
                 self.cpu_mut().resume = self.blocks.all[id as usize].body;
             }
             if let Some(e) = self.enter() {
@@ -483,12 +533,15 @@ impl Vcpu {
         }
     }
 
-    fn cache_full(&self) -> bool {
+    pub fn cache_full(&self) -> bool {
         self.cache.room() < ROOM || self.blocks.all.len() > BLOCKS || self.blocks.points > POINTS
     }
 
     /// Translate what the samples found again, with more effort.
     fn heat(&mut self) {
+        if self.counting() {
+            return;
+        }
         for k in 0..SAMPLES {
             let pc = self.cpu().samples[k];
             let Some((b, _)) = self.blocks.holds(pc) else { continue };
@@ -584,6 +637,18 @@ impl Vcpu {
                         return None;
                     }
                     let alone = self.is_alone(arg);
+                    if self.counting() {
+                        if alone {
+                            self.not_begun();
+                        }
+                        self.tally();
+                        if self.counted_enough() {
+                            return None;
+                        }
+                        let id = self.counted_block(rip, alone)?;
+                        self.cpu_mut().resume = self.blocks.all[id as usize].body;
+                        continue;
+                    }
                     let id = match self.find_block(rip, alone) {
                         Some(id) => id,
                         None => self.translate_here(rip, arg)?,
@@ -711,6 +776,7 @@ impl Vcpu {
         out: usize,
         traced: u64,
     ) -> std::result::Result<bool, Exit> {
+        self.debugger.stepped = !matches!(r, Err(Trap::Exit(_)));
         match r {
             Ok(flow) => {
                 self.answers.clear();
@@ -757,6 +823,7 @@ impl Vcpu {
             Ok(i) => i,
             Err(e) => {
                 self.deliver(e);
+                self.debugger.stepped = true;
                 return None;
             }
         };
@@ -847,7 +914,7 @@ impl Vcpu {
     }
 
     /// Kicks, timers, changed memory, interrupts; HLT waits here.
-    fn events(&mut self) -> Option<Exit> {
+    pub fn events(&mut self) -> Option<Exit> {
         loop {
             if let Some(e) = &self.fatal {
                 return Some(e.clone());
@@ -866,6 +933,9 @@ impl Vcpu {
                 self.deliver(e);
                 continue;
             }
+            if let Some(stop) = self.debugger.take_stop() {
+                return Some(stop);
+            }
             if self.shared.kicked.swap(false, Ordering::AcqRel) {
                 return Some(Exit::Kicked);
             }
@@ -879,14 +949,16 @@ impl Vcpu {
             }
             // The deadline first: one that has passed is told as the time of asking.
             let deadline = self.chips.next_deadline_ns(self.index);
-            let now = clock::now_ns();
+            let now = self.chips.clock.now_ns();
             if deadline.is_some_and(|d| d <= now) {
                 self.chips.tick(self.index, now);
             }
             self.arm();
             self.cpu_mut().irq_waiting = 0;
             let c = self.cpu();
-            if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
+            if self.debugger.holds_interrupts() {
+                self.hold_interrupts();
+            } else if c.nmi_blocked == 0 && c.shadow == 0 && self.chips.take_nmi(self.index) {
                 self.cpu_mut().halted = 0;
                 self.interrupt_now(2);
                 // Others may wait behind it.
@@ -906,6 +978,9 @@ impl Vcpu {
             if self.cpu().halted == 0 {
                 return None;
             }
+            if let Some(e) = self.halted_stop() {
+                return Some(e);
+            }
             self.counters.halts += 1;
             self.wait();
         }
@@ -913,6 +988,9 @@ impl Vcpu {
 
     /// Set the host timer for the next deadline of the chips.
     fn arm(&mut self) {
+        if self.script.is_some() {
+            return;
+        }
         let next = self.chips.next_deadline_ns(self.index).unwrap_or(0);
         if next != self.timer_set {
             self.timer_set = next;
@@ -1046,9 +1124,12 @@ fn fill_or_fault(v: &mut Vcpu, va: u64, info: u32) -> u64 {
             0
         }
         Filled::Retry => 1,
-        Filled::Fault(e) => {
+        Filled::Fault(mut e) => {
             if v.cpu().eflags & TF != 0 {
                 return 0;
+            }
+            if v.plant == Some(crate::count::Plant::FaultAddress) {
+                e.address = e.address.map(|a| a ^ 8);
             }
             v.locate_rip();
             v.deliver(e);

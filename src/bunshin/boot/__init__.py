@@ -43,6 +43,18 @@ def load(
     return linux.load(kernel, initrd, config.append, ranges, where, put, bits)
 
 
+def kernel_bits(path: str) -> int:
+    """32 or 64: what a kernel file is made for.
+
+    Raises:
+        ImageError: it cannot be read or is no kernel.
+    """
+    kernel = parse(read_file(path, "kernel"), path)
+    if isinstance(kernel, BzImage):
+        return 64 if kernel.entry_64 else 32
+    return kernel.bits
+
+
 def _read_initrd(path: str, low_end: int) -> Data:
     try:
         return read_file(path, "initrd", low_end)

@@ -53,15 +53,28 @@ def from_kernel(path: str) -> Symbols:
     found = _elf(data, path) if data[:4] == b"\x7fELF" else []
     if found:
         return found
-    kernel = parse(data, path)
+    names = of_kernel(path)[1]
+    return sorted((address, name) for address, kind, name in names if kind in _CODE)
+
+
+def of_kernel(path: str) -> tuple[Vmlinux | None, kallsyms.Found]:
+    """A kernel file, unpacked, and all the symbols that it carries itself.
+
+    Returns:
+        The kernel, None where only the guest can unpack it; `(address, type, name)` in
+        the table's order, empty when there is no table.
+    Raises:
+        ImageError: it is no kernel.
+    """
+    kernel = parse(read_file(path, "kernel"), path)
     if not isinstance(kernel, Vmlinux) and kernel.packing == "lzo":
-        return []  # only the guest itself can unpack that
+        return None, []  # only the guest itself can unpack that
     vmlinux = kernel if isinstance(kernel, Vmlinux) else kernel.vmlinux()
     for segment in vmlinux.segments:
         names = kallsyms.find(segment.data)
         if names:
-            return sorted((address, name) for address, kind, name in names if kind in _CODE)
-    return []
+            return vmlinux, names
+    return vmlinux, []
 
 
 def _lines(data: Data) -> Symbols:

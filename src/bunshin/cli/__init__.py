@@ -16,6 +16,7 @@ from .options import UsageError, closest, entry, explain, parse
 VERBS = {
     "run": "boot a machine and connect its console to this terminal",
     "image": "list, build and remove guest images",
+    "symbols": "write a kernel's symbols to a file for GDB",
     "doctor": "tell what this host offers and which engine bunshin would take",
     "help": "explain a verb",
 }

@@ -7,12 +7,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from . import complain, status
-from .attend import QUIT, READER_GONE, TERMINAL_CLOSED, TIMEOUT, Output, Waker, attend
+from .attend import ENDED, QUIT, READER_GONE, TERMINAL_CLOSED, TIMEOUT, Output, Waker, attend
 from .options import Option, UsageError, Values, Verb, count, one_of, seconds
 from .terminal import Terminal
 
 if TYPE_CHECKING:
     from bunshin import Machine
+    from bunshin.debug.server import GdbServer
 
 LAST_WORDS = 0.2
 """Seconds that a slow reader gets for output that is left when bunshin ends the machine."""
@@ -64,6 +65,15 @@ VERB = Verb(
             "The serial console: 'stdio' (the default), 'none', or 'file:PATH'.",
         ),
         Option(
+            ("--gdb",),
+            "WHERE",
+            "Serve GDB there: a port of this host, HOST:PORT, or 'unix:PATH'. Whoever can "
+            "connect owns the guest. In GDB: 'target remote WHERE'.",
+            hidden=("-gdb",),
+        ),
+        Option(("-s",), None, "Short for '--gdb 1234'."),
+        Option(("-S",), None, "Wait for GDB before the first instruction; needs --gdb or -s."),
+        Option(
             ("--timeout",),
             "TIME",
             "End the machine after this time: seconds, or 90s, 2m, 1h.",
@@ -91,7 +101,7 @@ VERB = Verb(
         ),
     ),
     notes=f"""\
-The QEMU spellings -kernel, -initrd, -append, -m, -smp and -accel work too.
+The QEMU spellings -kernel, -initrd, -append, -m, -smp, -accel and -gdb work too.
 
 keys, when stdin is a terminal:
   Ctrl-A x                 end the machine
@@ -117,17 +127,20 @@ ENDINGS = {
 def main(values: Values) -> int:
     """Run one machine to its end."""
     arguments = machine_arguments(values)
+    gdb = gdb_address(values)
     source, target = open_console(values.console or "stdio")
     waker = Waker()
     output = Output(target, waker)
     # Before the machine: the terminal's guard is a fork and must not hold guest RAM.
     terminal = Terminal(source, target)
-    machine = None
+    machine = server = None
     try:
         from bunshin import Machine
 
         machine = Machine(console=output.put, **arguments)
-        machine.start()
+        machine.start(paused=gdb is not None)
+        if gdb is not None:
+            server = open_gdb(machine, gdb, stopped=bool(values.S))
         if terminal.present:
             print("Ctrl-A x ends the machine, Ctrl-A h shows help.", file=sys.stderr, flush=True)
         terminal.enter()
@@ -136,6 +149,8 @@ def main(values: Values) -> int:
         terminal.restore()
         end_line(output)
         code = explain_end(reason, machine, values.timeout)
+        if server is not None and reason == ENDED:
+            linger(server)
         if values.stats:
             print_stats(machine.stats(), values.stats)
         return code
@@ -144,6 +159,8 @@ def main(values: Values) -> int:
         output.close()
         if machine is not None:
             machine.close()
+        if server is not None:
+            server.close()
         waker.close()
 
 
@@ -176,6 +193,37 @@ def explain_end(reason: str, machine: Machine, timeout: float | None) -> int:
     if code != status.OK:
         complain(f"{outcome.kind}: {outcome.detail}")
     return code
+
+
+def gdb_address(values: Values) -> str | None:
+    """Where GDB is served, if it is."""
+    where = values.gdb or ("1234" if values.s else None)
+    if values.S and where is None:
+        raise UsageError("-S waits for GDB: say where with --gdb or -s")
+    if where is not None:
+        from bunshin.debug.server import parse_address
+
+        parse_address(where)
+    return where
+
+
+def open_gdb(machine: Machine, where: str, stopped: bool) -> GdbServer:
+    """Serve GDB for a machine that was started paused."""
+    from bunshin.debug.server import GdbServer
+
+    server = GdbServer(machine, where)
+    waits = ", the guest waits" if stopped else ""
+    print(f"GDB: target remote {server.address}{waits}", file=sys.stderr, flush=True)
+    if not stopped:
+        machine.resume()
+    return server
+
+
+def linger(server: GdbServer) -> None:
+    """A guest that came to a bad end stays for the debugger that looks at it."""
+    if server.attached and server.ended_badly:
+        complain("the debugger has the guest until it goes on or leaves")
+        server.linger()
 
 
 def end_line(output: Output) -> None:

@@ -36,7 +36,7 @@ class Toy:
         self.line = b""
         self.queue: list[bytes] = []
 
-    def start(self) -> None:
+    def start(self, paused: bool = False) -> None:
         Thread(target=self.guest, daemon=True).start()
 
     def type(self, data: bytes) -> None:

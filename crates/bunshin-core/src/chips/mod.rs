@@ -25,7 +25,7 @@ mod lapic;
 mod pic;
 mod pit;
 
-use crate::clock;
+use crate::clock::Clock;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -120,6 +120,7 @@ pub struct ChipsState {
 }
 
 struct Inner {
+    clock: Arc<Clock>,
     lapics: Vec<Lapic>,
     ioapic: Ioapic,
     pic: Pic,
@@ -141,12 +142,12 @@ struct Inner {
 impl Inner {
     /// Now, as `cpu` sees it.
     fn now(&self, cpu: u32) -> Now {
-        Now { ns: clock::now_ns(), tsc: self.tsc(cpu) }
+        Now { ns: self.clock.now_ns(), tsc: self.tsc(cpu) }
     }
 
     fn tsc(&self, cpu: u32) -> u64 {
         let offset = self.tsc_offsets.get(cpu as usize).copied().unwrap_or(0);
-        clock::rdtsc().wrapping_add_signed(offset)
+        self.clock.tsc().wrapping_add_signed(offset)
     }
 
     fn lapic(&mut self, cpu: u32) -> Option<&mut Lapic> {
@@ -372,6 +373,8 @@ impl Inner {
 /// after each [`Chips::ack`], and whenever the guest begins to accept
 /// interrupts; a processor that was told is not kicked again.
 pub struct Chips {
+    /// What the chips, and the processors' counters, take for the time.
+    pub clock: Arc<Clock>,
     inner: Mutex<Inner>,
     kick: Box<dyn Fn(u32) + Send + Sync>,
 }
@@ -384,7 +387,9 @@ impl Chips {
     /// earlier; also from the processor's own accesses.
     pub fn new(cpus: u32, tsc_hz: u64, kick: Box<dyn Fn(u32) + Send + Sync>) -> Arc<Chips> {
         let cpus = cpus.clamp(1, MAX_CPUS);
+        let clock = Arc::new(Clock::default());
         let inner = Inner {
+            clock: clock.clone(),
             lapics: (0..cpus).map(Lapic::new).collect(),
             ioapic: Ioapic::new(),
             pic: Pic::default(),
@@ -397,7 +402,7 @@ impl Chips {
             timed: Cpus::default(),
             alarmed: Cpus::default(),
         };
-        Arc::new(Chips { inner: Mutex::new(inner), kick })
+        Arc::new(Chips { clock, inner: Mutex::new(inner), kick })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -482,7 +487,7 @@ impl Chips {
             for i in 0..size.clamp(1, 4) {
                 let at = port.wrapping_add(u16::from(i));
                 let byte = if matches!(at, 0x40..=0x61) {
-                    inner.pit.read(at, clock::now_ns())
+                    inner.pit.read(at, inner.clock.now_ns())
                 } else {
                     inner.pic.read(at)
                 };
@@ -499,7 +504,7 @@ impl Chips {
             for i in 0..size.clamp(1, 4) {
                 let (at, byte) = (port.wrapping_add(u16::from(i)), (value >> (8 * i)) as u8);
                 if matches!(at, 0x40..=0x61) {
-                    inner.pit.write(at, byte, clock::now_ns());
+                    inner.pit.write(at, byte, inner.clock.now_ns());
                     inner.time(0);
                 } else {
                     inner.pic.write(at, byte);
@@ -658,6 +663,11 @@ impl Chips {
         })
     }
 
+    /// Whether an NMI is pending.
+    pub fn nmi(&self, cpu: u32) -> bool {
+        self.lock().lapic(cpu).is_some_and(|lapic| lapic.nmi)
+    }
+
     /// Take a pending NMI.
     pub fn take_nmi(&self, cpu: u32) -> bool {
         self.lock().lapic(cpu).is_some_and(|lapic| std::mem::take(&mut lapic.nmi))
@@ -745,7 +755,7 @@ impl Chips {
     pub fn state(&self) -> ChipsState {
         let inner = self.lock();
         ChipsState {
-            clock_ns: clock::now_ns(),
+            clock_ns: inner.clock.now_ns(),
             lapics: inner.lapics.clone(),
             ioapic: inner.ioapic.clone(),
             pic: inner.pic.clone(),
@@ -766,7 +776,7 @@ impl Chips {
                     inner.lapics.len()
                 ));
             }
-            let now = clock::now_ns();
+            let now = inner.clock.now_ns();
             let to = |ns: u64| now.saturating_sub(state.clock_ns.saturating_sub(ns));
             for (index, lapic) in state.lapics.iter_mut().enumerate() {
                 if lapic.id as usize != index {

@@ -3,7 +3,8 @@
 //!
 //! While a breakpoint on code is armed (`mode::DEBUG`) translations have a look at the
 //! registers in front of the instruction that it names; those translations go when the
-//! registers change. Pages with a breakpoint on data get no entry in the TLB's tables,
+//! registers change. `debugger.rs` has the owner's breakpoints, which are no part of the
+//! guest. Pages with a breakpoint on data get no entry in the TLB's tables,
 //! so that `access` hears of every access. Not modelled: restricted transactional
 //! memory, bus locks.
 use super::{Done, Flow};
@@ -24,6 +25,8 @@ pub const LOCAL: u64 = 0x155;
 const BTF: u64 = 2;
 /// In `Vcpu::met`: the instruction set TF and traps at once.
 pub const STEP: u8 = 0x80;
+/// In `Vcpu::met`: the owner watches what the instruction accessed.
+pub const OWNER: u8 = 0x40;
 
 /// Which kinds of breakpoints DR7 enables.
 #[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
@@ -95,11 +98,20 @@ impl Vcpu {
     /// A breakpoint on data lies in the page of `va` and hears of `kind`.
     pub fn watched(&self, va: u64, kind: Kind) -> bool {
         self.armed.data && self.hits(va & !0xfff, 4096, |c| hears(c, kind)) != 0
+            || self.debugger.watches(va & !0xfff, 4096, kind).is_some()
+    }
+
+    /// Something may be watched: look at accesses one by one.
+    pub fn watching(&self) -> bool {
+        self.armed.data || self.debugger.is_watching()
     }
 
     /// Note the breakpoints on data that an access meets.
     pub fn note_access(&mut self, va: u64, size: u64, kind: Kind) {
-        self.met |= self.hits(va, size, |c| hears(c, kind));
+        if self.armed.data {
+            self.met |= self.hits(va, size, |c| hears(c, kind));
+        }
+        self.note_owners(va, size, kind);
     }
 
     /// Note the breakpoints on ports that an access meets.
@@ -141,7 +153,10 @@ impl Vcpu {
         }
         let met = std::mem::take(&mut self.met);
         let step = traced && (self.msrs.debugctl & BTF == 0 || !sequential) || met & STEP != 0;
-        let met = met & !STEP;
+        if met & OWNER != 0 {
+            self.stop_for_owner();
+        }
+        let met = met & !(STEP | OWNER);
         if met == 0 && !step {
             return None;
         }

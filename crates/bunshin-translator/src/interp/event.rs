@@ -122,6 +122,7 @@ impl Vcpu {
 
     /// Deliver an external interrupt or NMI at the current instruction boundary.
     pub fn interrupt_now(&mut self, vector: u8) {
+        self.debugger.stepped = true;
         let rip = self.cpu().rip;
         if let Err(t) = self.event(vector, None, Source::Hardware, rip, 0) {
             match t {

@@ -86,7 +86,8 @@ pub fn wants_helper(i: &Instruction, m: u32) -> bool {
         M::Pop => is_sreg(i) || i.op0_kind() == OpKind::Memory || careful,
         M::Leave => careful || i.code() == Code::Leavew,
         M::Cli | M::Sti | M::Stac | M::Clac | M::Swapgs => user,
-        M::Rdtsc => user && m & mode::TSD != 0,
+        M::Rdtsc => user && m & mode::TSD != 0 || m & mode::COUNTED != 0,
+        M::Rdrand | M::Rdseed => m & mode::COUNTED != 0,
         M::Rdfsbase | M::Rdgsbase => m & mode::NO_FSGSBASE != 0,
         M::Wrfsbase | M::Wrgsbase => true,
         // Its target is known, and whether that is inside the code segment.

@@ -269,6 +269,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
             || v.cpu().pending.load(Ordering::Relaxed) != 0
         {
             v.cpu_mut().rip = i.ip();
+            v.unfinished = true;
             return Ok(Flow::Jump);
         }
     }
@@ -276,7 +277,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// As many elements as can go at once; 0: use `one`.
 fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, Trap> {
-    if v.cpu().df != 0 || v.armed.data {
+    if v.cpu().df != 0 || v.watching() {
         return Ok(0);
     }
     let who = v.data_access();

@@ -267,7 +267,7 @@ pub fn rdtscp(v: &mut Vcpu, i: &Instruction) -> Done {
 impl Vcpu {
     /// The guest's time-stamp counter now.
     pub fn tsc(&self) -> u64 {
-        bunshin_core::clock::rdtsc().wrapping_add(self.cpu().tsc_offset)
+        self.chips.clock.tsc().wrapping_add(self.cpu().tsc_offset)
     }
 }
 

@@ -135,6 +135,9 @@ impl Unit<'_> {
 
     /// The stretch of this plan that begins at `target`.
     fn inside(&self, target: u64) -> Option<usize> {
+        if self.mode & mode::COUNTED != 0 {
+            return None; // every turn is counted
+        }
         self.order.iter().position(|&ip| ip == target)
     }
 
@@ -265,6 +268,9 @@ impl Unit<'_> {
         self.flags_to_host(S2, ALL);
         self.settle_stack();
         self.a.store8_imm(at::SHADOW, 0);
+        if self.v.plant == Some(Plant::LostWindow) {
+            return self.exit_to(target);
+        }
         self.a.mov(S0, RCX);
         self.a.load8(RCX, at::IRQ_WAITING);
         let quiet = self.a.jrcxz();
@@ -274,6 +280,16 @@ impl Unit<'_> {
         self.a.land(quiet);
         self.a.mov(RCX, S0);
         self.exit_to(target);
+    }
+
+    /// STI ends the block: the instruction that its shadow is for is performed alone.
+    pub(super) fn leave_shadowed(&mut self, target: u64) {
+        self.claim_all();
+        self.flags_to_host(S2, ALL);
+        self.settle_stack();
+        self.leave();
+        self.a.mov_imm(S0, target);
+        self.a.jmp_abs(self.v.stubs.event);
     }
 
     pub(super) fn cut(&self, v: u64) -> u64 {

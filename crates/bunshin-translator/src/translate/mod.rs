@@ -59,7 +59,9 @@ mod stack;
 
 use crate::asm::*;
 use crate::block::{Block, Heat, Key, Point, Site, NONE};
+use crate::count::Plant;
 use crate::cpu::{at, HOST, JC, SLOT_D, SLOT_T, TAG_R, TAG_W};
+use crate::debugger::at_owners_breakpoint;
 use crate::flags::{effect, live_ahead, Effect, ALL};
 use crate::insn::{decode, decoder, encode, exchange, gpr_number, reads, shape, writes, Mem, Parts, Renamed};
 use crate::interp::debug::at_breakpoint;
@@ -303,7 +305,10 @@ impl Vcpu {
         };
         let host = self.phys.host(gpa & !0xfff).unwrap();
         self.claim_code(page);
-        let mode = self.mode() | if alone { mode::ALONE } else { 0 };
+        let mut mode = self.mode() | if alone { mode::ALONE } else { 0 };
+        if self.cut_at.is_some() {
+            mode |= mode::CUT;
+        }
         let bits = mode::bits(mode);
         let (hot, lesson) = match version {
             Version::Hot(lesson) if bits == 64 => (true, std::mem::take(lesson)),
@@ -367,6 +372,9 @@ impl Vcpu {
                 items.push(Item::new(insn, start, &mut factory));
             }
         }
+        if let Some(most) = self.cut_at {
+            items.truncate(most);
+        }
         if items.is_empty() {
             self.factory = Some(factory);
             self.window = window;
@@ -426,7 +434,10 @@ impl Vcpu {
                 Unit::focus(&mut plan);
             }
         }
-        if u.v.exact_flags {
+        if !u.v.debugger.breakpoints.is_empty() {
+            u.show_flags(&mut plan);
+        }
+        if u.v.exact_flags || mode & mode::COUNTED != 0 {
             // Even what faults shows the flags as they were before it.
             plan.iter_mut().flat_map(|s| &mut s.items).for_each(|i| i.effect.kills = 0);
         } else {
@@ -490,6 +501,7 @@ impl Vcpu {
             key,
             second: second.map(|s| (s.va, s.gpa)),
             length: guest_length,
+            count: plan[0].items.len() as u32,
             dead: false,
             host: at,
             host_length: length,
@@ -652,7 +664,8 @@ impl<'a> Unit<'a> {
                 continue;
             };
             let mut d = decoder(&self.bytes[off..self.span], self.bits, t);
-            live |= live_ahead(|| d.can_decode().then(|| d.decode()));
+            let shown = |ip| self.v.debugger.breaks_at(self.v.linear_rip(ip));
+            live |= live_ahead(|| (d.can_decode() && !shown(d.ip())).then(|| d.decode()));
             let to = t.wrapping_add(d.position() as u64);
             self.rely(t, to);
         }
@@ -674,6 +687,15 @@ impl<'a> Unit<'a> {
         self.a.jmp_abs(self.v.stubs.lookup);
         self.a.land(same);
         self.a.mov(RCX, S2);
+    }
+
+    /// Flags are looked at where the owner stops.
+    fn show_flags(&self, plan: &mut [Stretch]) {
+        for item in plan.iter_mut().flat_map(|s| &mut s.items) {
+            if self.v.debugger.breaks_at(self.v.linear_rip(item.insn.ip())) {
+                item.effect.reads = ALL;
+            }
+        }
     }
 
     fn point(&mut self, host_flags: bool) {
@@ -748,7 +770,7 @@ impl<'a> Unit<'a> {
             }
             shadow = item.insn.mnemonic() == M::Sti;
             if shadow && n + 1 == s.items.len() {
-                self.window(item.insn.next_ip());
+                self.leave_shadowed(item.insn.next_ip());
                 ended = true;
             }
         }
@@ -765,6 +787,12 @@ impl<'a> Unit<'a> {
         let i = &item.insn;
         self.guest = i.ip().wrapping_sub(self.rip) as i16;
         let live_before = item.effect.live_before(item.live_after);
+        if self.v.debugger.breaks_at(self.v.linear_rip(i.ip())) {
+            self.helper_by(HelperEntry::by(*i, Helper { run: at_owners_breakpoint, outside: true }));
+        }
+        if self.mode & mode::COUNTED != 0 {
+            self.a.store32_imm(at::BEGUN, self.now as u32 + 1);
+        }
         if self.mode & mode::DEBUG != 0 && self.v.code_hits(self.v.linear_rip(i.ip())) != 0 {
             let helper = Helper { run: at_breakpoint, outside: false };
             self.helper_by(HelperEntry::by(*i, helper));
@@ -862,6 +890,7 @@ impl<'a> Unit<'a> {
                 self.stack = 0;
                 self.a.mov(5, S0);
             }
+            M::Cmc if self.v.plant == Some(Plant::WrongFlag) => {}
             M::Cli => self.a.store8_imm(at::IFLAG, 0),
             M::Sti => {
                 self.a.store8_imm(at::IFLAG, 1);

@@ -5,6 +5,7 @@
 mod debugging;
 mod gates;
 mod machine;
+mod owner;
 mod paging;
 mod real;
 mod segments;
