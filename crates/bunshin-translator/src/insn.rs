@@ -525,7 +525,7 @@ mod tests {
 /// its length in bytes.
 pub fn disassemble(code: &[u8], bits: u32, ip: u64) -> (String, usize) {
     let i = decode(code, bits, ip);
-    if i.code() == iced_x86::Code::INVALID {
+    if i.code() == Code::INVALID {
         return ("(bad)".into(), 1);
     }
     (i.to_string(), i.len())

@@ -225,7 +225,7 @@ fn sweep(v: &mut Vcpu, size: u64, moves: bool) {
 pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
     if let Some((size, moves)) = flat(i) {
         let c = v.cpu();
-        if c.code64() && c.df == 0 && c.eflags & TF == 0 && !v.armed.data && !v.aligned() {
+        if c.code64() && c.df == 0 && c.eflags & TF == 0 && !v.watching() && !v.aligned() {
             sweep(v, size, moves);
             if v.cpu().gpr[1] == 0 {
                 return Ok(Flow::Next);

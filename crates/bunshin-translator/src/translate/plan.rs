@@ -220,7 +220,11 @@ impl Unit<'_> {
     pub(super) fn narrow(&mut self, plan: &mut Vec<Stretch>) -> bool {
         let paths = Paths::of(plan);
         let shortest = paths.shortest();
-        if shortest >= FAR || self.v.exact_flags {
+        // Where helpers stand before ordinary instructions, no two accesses are sure to
+        // see the same memory.
+        let watched = mode::DEBUG | SHUT | mode::ALIGN | mode::COUNTED | mode::CUT;
+        let helped = self.mode & watched != 0 || !self.v.debugger.breakpoints.is_empty();
+        if shortest >= FAR || self.v.exact_flags || helped {
             return false;
         }
         let mut n = 0;
