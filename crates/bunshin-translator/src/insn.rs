@@ -484,6 +484,16 @@ pub fn exchange(mut i: Instruction, bytes: &[u8]) -> Instruction {
     i
 }
 
+/// The first instruction of `code`, which lies at `ip` in code of `bits`, as text, and
+/// its length in bytes.
+pub fn disassemble(code: &[u8], bits: u32, ip: u64) -> (String, usize) {
+    let i = decode(code, bits, ip);
+    if i.code() == Code::INVALID {
+        return ("(bad)".into(), 1);
+    }
+    (i.to_string(), i.len())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -519,14 +529,4 @@ mod tests {
             }
         }
     }
-}
-
-/// The first instruction of `code`, which lies at `ip` in code of `bits`, as text, and
-/// its length in bytes.
-pub fn disassemble(code: &[u8], bits: u32, ip: u64) -> (String, usize) {
-    let i = decode(code, bits, ip);
-    if i.code() == Code::INVALID {
-        return ("(bad)".into(), 1);
-    }
-    (i.to_string(), i.len())
 }

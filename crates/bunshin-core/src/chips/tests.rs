@@ -1,6 +1,7 @@
 //! The chipset as a processor and a board see it. Numbers are written again
 //! from the SDM and the datasheets.
 use super::*;
+use crate::clock;
 use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 
 const LAPIC: u64 = 0xFEE0_0000;

@@ -321,9 +321,7 @@ impl Unit<'_> {
         let k = self.bounds.iter().position(|b| b.members.iter().any(|m| m.users.contains(&self.guest)))?;
         if self.bounds[k].first == self.guest {
             if self.flags == Flags::Host && live != 0 {
-                if self.recipe.is_none() {
-                    return None;
-                }
+                self.recipe?;
                 self.flags = Flags::Recipe;
             }
             let bound = self.bounds.swap_remove(k);
