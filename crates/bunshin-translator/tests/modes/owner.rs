@@ -14,8 +14,14 @@ fn watch(gva: u64, length: u64, access: Access) -> Debugging {
     Debugging { watchpoints: vec![Watchpoint { gva, length, access }], ..Debugging::default() }
 }
 
-const STEP: Debugging =
-    Debugging { breakpoints: Vec::new(), watchpoints: Vec::new(), step: true, interrupts: false };
+const STEP: Debugging = Debugging {
+    breakpoints: Vec::new(),
+    watchpoints: Vec::new(),
+    step: true,
+    interrupts: false,
+    count: None,
+    early: false,
+};
 
 impl Machine {
     fn debug(&mut self, d: &Debugging) {
