@@ -7,6 +7,7 @@
 //! it can.
 use crate::cpu::*;
 use crate::insn::{decode, reads, shape, writes};
+use crate::interp::address::natural;
 use crate::interp::{self, Done, Flow};
 use crate::mmu::{gp, ud, Exception, Kind, Trap, PF_};
 use crate::vcpu::{mode, Vcpu};
@@ -262,8 +263,9 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
         return Ok(Flow::Next);
     }
-    let (mask, n) = element_mask(v, i).unwrap_or((1, size));
-    let va = if mask != 0 { v.operand_at(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
+    let elements = element_mask(v, i);
+    let (mask, n) = elements.unwrap_or((1, size));
+    let va = if mask != 0 { v.operand_anywhere(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
     if waits(i) {
         // An exception that the FPU has pending comes before those of the operand.
         v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
@@ -284,8 +286,20 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
     if size == 512 {
         v.check_end(va, 2)?;
     }
-    if mask != 0 && misaligned(v, i, va, size) {
-        return Err(gp());
+    if mask != 0 {
+        // Where both alignments are wanted the smaller one's fault comes first.
+        let (length, align) = match elements {
+            Some(_) if masked_move(m) => (n, 1),
+            Some(_) => (n, n),
+            None => (size, natural(size)),
+        };
+        if align < 16 {
+            v.check_alignment(va, length, align)?;
+        }
+        if misaligned(v, i, va, size) {
+            return Err(gp());
+        }
+        v.check_alignment(va, length, align)?;
     }
     // What long operands look at before the rest: so many bytes of the start,
     // and the last one.
@@ -640,6 +654,7 @@ fn masked_bytes(v: &mut Vcpu, i: &Instruction) -> Done {
         let operand = v.cpu().bounce.0.as_ptr() as u64;
         v.run_snippet(&store, &decode(&store, 64, i.ip()), operand)?;
     }
+    v.check_alignment(at(v, 0), count, 8)?;
     // Processors check the whole operand, whatever the mask, by quadwords.
     for k in (0..count).step_by(8) {
         v.check(at(v, k), 8, Kind::Write, who)?;

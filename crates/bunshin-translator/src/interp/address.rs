@@ -7,7 +7,7 @@
 //! rarity such as a segment that expands down.
 use super::address_size;
 use crate::cpu::{Seg, VM};
-use crate::mmu::{Exception, Kind, Trap, GP, SS};
+use crate::mmu::{canonical, Exception, Kind, Trap, GP, SS};
 use crate::vcpu::{mode, Vcpu};
 use iced_x86::{Instruction, Register};
 
@@ -20,15 +20,17 @@ const CR0_AM: u64 = 1 << 18;
 /// Alignment check.
 const AC_: u8 = 17;
 
-/// SDM volume 3, table 6-7. Operands of vector registers have rules of their own.
-fn misaligned(va: u64, size: usize) -> bool {
-    let align = match size {
-        2 | 4 | 8 => size as u64,
-        6 => 4,
+/// What operands of a size are aligned to where that is checked, SDM volume 3, table
+/// 6-7; for long ones what Zen 4 does.
+pub fn natural(size: usize) -> usize {
+    match size {
+        2 | 4 | 8 => size,
+        14 | 94 => 2,
+        6 | 28 | 108 | 512 => 4,
         10 => 8,
+        16 | 32 | 64 => 16,
         _ => 1,
-    };
-    va & (align - 1) != 0
+    }
 }
 
 impl Seg {
@@ -159,10 +161,18 @@ impl Vcpu {
     pub fn segment_at(&self, seg: usize, off: u64, size: usize, kind: Kind) -> Result<u64, Trap> {
         self.check_segment(seg, off, size, kind)?;
         let va = self.linear(seg, off);
-        if self.aligned() && misaligned(va, size) {
+        self.check_alignment(va, size, natural(size))?;
+        Ok(va)
+    }
+
+    /// The operand at `va` is a multiple of `align`, if that is checked; where it runs into
+    /// the non-canonical hole or out of the address space another fault comes first.
+    pub fn check_alignment(&self, va: u64, size: usize, align: usize) -> Result<(), Trap> {
+        if self.aligned() && va & (align as u64 - 1) != 0 && canonical(va) && self.check_end(va, size).is_ok()
+        {
             return Err(Exception::with(AC_, 0).into());
         }
-        Ok(va)
+        Ok(())
     }
 
     /// Offset `extra` bytes behind that of the explicit memory operand, in its segment.
@@ -203,12 +213,25 @@ impl Vcpu {
         self.segment_at(seg, self.operand_offset(i, extra), size, kind)
     }
 
+    /// The same without a look at its alignment.
+    pub fn operand_anywhere(
+        &self,
+        i: &Instruction,
+        extra: u64,
+        size: usize,
+        kind: Kind,
+    ) -> Result<u64, Trap> {
+        let (seg, off) = (Self::segment_index(i.memory_segment()), self.operand_offset(i, extra));
+        self.check_segment(seg, off, size, kind)?;
+        Ok(self.linear(seg, off))
+    }
+
     /// An operand that runs into the non-canonical hole, or out of a segment
     /// that spans all, faults before its pages do.
     pub fn check_end(&self, va: u64, length: usize) -> Result<(), Trap> {
         let last = va.wrapping_add(length as u64).wrapping_sub(1);
         let out = if self.cpu().code64() {
-            !crate::mmu::canonical(last)
+            !canonical(last)
         } else {
             self.mode() & (mode::BASED | mode::LIMITED) == 0 && last >> 32 != 0
         };

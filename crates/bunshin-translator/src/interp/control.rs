@@ -129,7 +129,8 @@ pub fn int(v: &mut Vcpu, i: &Instruction) -> Done {
 
 pub fn bound(v: &mut Vcpu, i: &Instruction) -> Done {
     let n = i.op0_register().size();
-    let va = v.operand_at(i, 0, 2 * n, Kind::Read)?;
+    let va = v.operand_anywhere(i, 0, 2 * n, Kind::Read)?;
+    v.check_alignment(va, 2 * n, n)?;
     let who = v.data_access();
     let sext = |x: u64| if n == 2 { i64::from(x as i16) } else { i64::from(x as i32) };
     let (low, high) = (v.load(va, n, who)?, v.load(va.wrapping_add(n as u64), n, who)?);

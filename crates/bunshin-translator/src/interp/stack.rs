@@ -155,6 +155,7 @@ pub fn enter(v: &mut Vcpu, i: &Instruction) -> Done {
         v.drop_stack(alloc.wrapping_neg());
         // The processor checks that the new top can be written.
         let va = v.stack_at(v.cpu().gpr[4], 1, Kind::Write)?;
+        v.check_alignment(va, n, n)?;
         let who = v.data_access();
         v.access(va, 1, Kind::Write, who).map_err(Exception::on_stack)?;
         let g = &mut v.cpu_mut().gpr[5];

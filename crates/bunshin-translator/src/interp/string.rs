@@ -277,7 +277,7 @@ pub fn string(v: &mut Vcpu, i: &Instruction) -> Done {
 
 /// As many elements as can go at once; 0: use `one`.
 fn bulk(v: &mut Vcpu, i: &Instruction, o: &Operands, left: u64) -> Result<u64, Trap> {
-    if v.cpu().df != 0 || v.watching() {
+    if v.cpu().df != 0 || v.watching() || v.aligned() {
         return Ok(0);
     }
     let who = v.data_access();
@@ -329,6 +329,8 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
     let (from, to) = (v.linear(o.seg, si), v.linear(0, di));
     let source = |v: &Vcpu| v.check_segment(o.seg, si, o.size, Kind::Read);
     let target = |v: &Vcpu, kind: Kind| v.check_segment(0, di, o.size, kind);
+    // Faults of the operand that comes first come before the other's alignment.
+    let aligned = |v: &Vcpu, va: u64| v.check_alignment(va, o.size, o.size);
     let size = o.size as u64;
     let acc = match o.size {
         1 => Register::AL,
@@ -340,19 +342,23 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
         M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
             source(v)?;
             target(v, Kind::Write)?;
+            aligned(v, from)?;
             let x = v.load(from, o.size, who)?;
+            aligned(v, to)?;
             v.store(to, o.size, x, who)?;
             advance(v, o, SI, size);
             advance(v, o, DI, size);
         }
         M::Stosb | M::Stosw | M::Stosd | M::Stosq => {
             target(v, Kind::Write)?;
+            aligned(v, to)?;
             let x = v.reg(acc);
             v.store(to, o.size, x, who)?;
             advance(v, o, DI, size);
         }
         M::Lodsb | M::Lodsw | M::Lodsd | M::Lodsq => {
             source(v)?;
+            aligned(v, from)?;
             let x = v.load(from, o.size, who)?;
             v.set_reg(acc, x);
             advance(v, o, SI, size);
@@ -365,7 +371,11 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
             target(v, Kind::Read)?;
             // Which address faults first shows in CR2; so do AMD's processors.
             if m != M::Cmpsb || !i.has_rep_prefix() {
+                aligned(v, to)?;
                 v.check(to, o.size, Kind::Read, who)?;
+            }
+            if two {
+                aligned(v, from)?;
             }
             let a = if two { v.load(from, o.size, who)? } else { v.reg(acc) };
             let b = v.load(to, o.size, who)?;
