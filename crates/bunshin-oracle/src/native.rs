@@ -323,6 +323,35 @@ pub struct Native {
     _thread: PhantomData<*mut ()>,
 }
 
+/// SYSCALL and SYSENTER in 32-bit code leave Linux with the address of its own code,
+/// which the dispatch above lets through: code that changes itself could fork this process.
+/// A filter turns such calls into SIGSYS; it stays for the life of the thread.
+fn refuse_narrow_calls() -> Result<(), String> {
+    /// The offset of `arch` in `seccomp_data`, and its value for i386.
+    const ARCH: (u32, u32) = (4, 0x4000_0003);
+    const ALLOW: u32 = 0x7fff_0000;
+    const TRAP: u32 = 0x0003_0000;
+    let filter = |code: u16, jt, jf, k| libc::sock_filter { code, jt, jf, k };
+    // Load the word, skip one instruction unless equal, return either.
+    let mut program = [
+        filter(0x20, 0, 0, ARCH.0),
+        filter(0x15, 0, 1, ARCH.1),
+        filter(0x06, 0, 0, TRAP),
+        filter(0x06, 0, 0, ALLOW),
+    ];
+    let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
+    // SAFETY: a filter of this thread's system calls that lets all of its own through.
+    let done = unsafe {
+        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1u64, 0u64, 0u64, 0u64) == 0
+            && libc::prctl(libc::PR_SET_SECCOMP, 2u64, &program, 0u64, 0u64) == 0
+    };
+    if done {
+        Ok(())
+    } else {
+        Err(os("the kernel cannot keep 32-bit system calls from the arena (seccomp)"))
+    }
+}
+
 fn os(what: &str) -> String {
     format!("{what}: {}", std::io::Error::last_os_error())
 }
@@ -373,6 +402,7 @@ impl Native {
         if dispatch != 0 {
             return Err(os("the kernel cannot keep system calls out of the arena"));
         }
+        refuse_narrow_calls()?;
         Ok(native)
     }
 
