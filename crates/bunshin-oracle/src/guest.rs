@@ -20,6 +20,7 @@ use crate::arena::{
 };
 use crate::case::Case;
 use crate::compare::{null, Judge, Outcome, Stop};
+use crate::processor_time;
 use crate::state::{Layout, UserState, XSAVE_BYTES};
 use bunshin_core::state::{Segment, Table};
 use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
@@ -90,10 +91,7 @@ struct Watch {
 
 impl Watch {
     fn spent(&self) -> Duration {
-        let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-        // SAFETY: fills the structure, or fails on the clock of a thread that ended.
-        unsafe { libc::clock_gettime(self.clock.load(Ordering::SeqCst), &mut time) };
-        Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+        processor_time::spent(self.clock.load(Ordering::SeqCst))
     }
 }
 
@@ -156,10 +154,7 @@ impl Guest {
     fn run_to_stub(&mut self) -> Result<u16, Stop> {
         let failed = |reason: String| Err(Stop::Failed(reason));
         if self.watch.clock.load(Ordering::Relaxed) == 0 {
-            let mut clock = 0;
-            // SAFETY: asks for the clock of this very thread.
-            unsafe { libc::pthread_getcpuclockid(libc::pthread_self(), &mut clock) };
-            self.watch.clock.store(clock, Ordering::SeqCst);
+            self.watch.clock.store(processor_time::of_this_thread(), Ordering::SeqCst);
         }
         let run = self.watch.run.fetch_add(1, Ordering::SeqCst) + 1;
         let stub = loop {

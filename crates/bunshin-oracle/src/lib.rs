@@ -18,6 +18,7 @@ pub mod generate;
 pub mod guest;
 pub mod minimise;
 pub mod native;
+pub mod processor_time;
 pub mod programs;
 pub mod random;
 pub mod state;

@@ -103,6 +103,9 @@ pub fn parts(case: &SystemCase, before: &[Record], left: &Record, right: &Record
     {
         return Some("QEMU does not check data segments where they are used");
     }
+    if right[0] == 12 && right[1] == 0 && bits(case, right[3]) != 64 && !plain(case, right[6]) {
+        return Some("QEMU does not check stack segments where they are used");
+    }
     let next_page = (right[23] | 0xfff).wrapping_add(1);
     let same = left[0] == 14 && right[0] == 14 && left[2] == right[2];
     if same && left[1] & 2 == 0 && right[1] & 2 != 0 && left[23] == next_page {
@@ -141,7 +144,7 @@ pub fn parts(case: &SystemCase, before: &[Record], left: &Record, right: &Record
         return Some("QEMU comes back to a repeated string operation that a breakpoint met at its end");
     }
     if matches!(left[0], 13 | 14) && right[0] == 6 && loose_extension(case, right) {
-        return Some("QEMU takes POP and MOV whatever stands in their register field");
+        return Some("QEMU does not look at all extensions of opcodes first");
     }
     if right[0] < FINAL && right[5].wrapping_sub(left[5]) == 0x1_0000 {
         return Some("QEMU takes the bytes that RET drops for a signed number");
@@ -170,7 +173,7 @@ pub fn parts(case: &SystemCase, before: &[Record], left: &Record, right: &Record
             M::Pusha | M::Pushad if page_fault(left) && page_fault(right) => {
                 return Some("QEMU stores the registers of PUSHA from the last to the first");
             }
-            M::Rcl | M::Rcr if page_fault(left) && page_fault(right) => {
+            M::Rcl | M::Rcr if left[0] == right[0] && matches!(left[0], 13 | 14) => {
                 return Some("QEMU loses the flags of rotations through carry that fault");
             }
             M::Rdmsr | M::Wrmsr
@@ -308,7 +311,8 @@ fn instruction(case: &SystemCase, record: &Record) -> Option<Instruction> {
     Some(Decoder::with_ip(bits(case, record[3]), &bytes, record[2], DecoderOptions::AMD).decode())
 }
 
-/// Does a POP or MOV with a register number where the opcode's extension belongs stand there?
+/// Does an opcode stand there whose extension is none of those that it has? QEMU takes it
+/// for POP or MOV, or reads the operand first.
 fn loose_extension(case: &SystemCase, record: &Record) -> bool {
     let Some(bytes) = code_bytes(record) else { return false };
     let wide = bits(case, record[3]) == 64;
@@ -317,7 +321,11 @@ fn loose_extension(case: &SystemCase, record: &Record) -> bool {
             || wide && (0x40..0x50).contains(b)
     };
     let mut rest = bytes.iter().skip_while(|b| prefix(b));
-    matches!(rest.next(), Some(0x8f | 0xc6 | 0xc7)) && rest.next().is_some_and(|b| b & 0x38 != 0)
+    match (rest.next(), rest.next()) {
+        (Some(0x8f | 0xc6 | 0xc7), Some(b)) => b & 0x38 != 0,
+        (Some(0xfe | 0xff), Some(b)) => b & 0x38 == 0x38,
+        _ => false,
+    }
 }
 
 /// Everything in which two logs of one case differ, up to the end of the first

@@ -158,6 +158,13 @@ impl Builder {
             self.copy(to, words)?;
         }
         self.copy(TABLES[1] + 0x3000, ENTRIES as u64)?;
+        // A stack that starts on the next page may have grown over their last entries.
+        self.a.xor(eax, eax)?;
+        for tables in TABLES {
+            self.a.mov(rdi, HALF + tables + 0x3e00)?;
+            self.a.mov(ecx, 64)?;
+            self.a.rep().stosq()?;
+        }
         for (n, tables) in TABLES.iter().enumerate() {
             for (name, to) in
                 [("pml4", 0), ("pdpt", 0x1000), ("pd", 0x2000 + 8 * 128), ("large", 0x2000 + 8 * 129)]

@@ -193,14 +193,15 @@ pub use translated::Translated;
 mod translated {
     use super::super::{harness, layout::*};
     use super::{mend, word, Machine};
+    use crate::processor_time;
     use bunshin_core::state::{Segment, Table};
     use bunshin_core::{CpuState, Engine, Exit, Kicker, Region, Reply, Vcpu};
     use bunshin_translator::TranslatorEngine;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
     use std::sync::{Arc, Weak};
     use std::time::Duration;
 
-    /// How long one case may take.
+    /// How much of a processor's time one case may take.
     const PATIENCE: Duration = Duration::from_millis(800);
 
     /// The translator.
@@ -216,25 +217,25 @@ mod translated {
         region: Arc<Region>,
         running: AtomicBool,
         kicked: AtomicU64,
+        /// Clock of the processor time of the thread that runs, 0 at first.
+        clock: AtomicI32,
     }
 
     fn watch(watch: &Weak<Watch>, kicker: &dyn Kicker) {
-        let (mut seen, mut since) = (u64::MAX, 0);
+        let (mut seen, mut since) = (u64::MAX, Duration::ZERO);
         loop {
             std::thread::sleep(PATIENCE / 10);
             let Some(watch) = watch.upgrade() else { return };
             let mut bytes = [0; 8];
             watch.region.read(INDEX as usize, &mut bytes);
             let index = u64::from_le_bytes(bytes);
+            let now = processor_time::spent(watch.clock.load(Ordering::SeqCst));
             if !watch.running.load(Ordering::SeqCst) || index != seen {
-                (seen, since) = (index, 0);
-                continue;
-            }
-            since += 1;
-            if since >= 10 {
+                (seen, since) = (index, now);
+            } else if now.saturating_sub(since) >= PATIENCE {
                 watch.kicked.store(index, Ordering::SeqCst);
                 kicker.kick();
-                since = 0;
+                since = now;
             }
         }
     }
@@ -255,8 +256,12 @@ mod translated {
             }
             let mut vcpu = engine.vcpu(0).map_err(text)?;
             let start = start(vcpu.state());
-            let shared =
-                Arc::new(Watch { region, running: AtomicBool::new(false), kicked: AtomicU64::new(u64::MAX) });
+            let shared = Arc::new(Watch {
+                region,
+                running: AtomicBool::new(false),
+                kicked: AtomicU64::new(u64::MAX),
+                clock: AtomicI32::new(0),
+            });
             let (weak, kicker) = (Arc::downgrade(&shared), vcpu.kicker());
             std::thread::spawn(move || watch(&weak, &*kicker));
             Ok(Self { engine, vcpu, start, watch: shared, reset: true })
@@ -277,6 +282,7 @@ mod translated {
         }
 
         fn run(&mut self, go: u64) -> Result<bool, String> {
+            self.watch.clock.store(processor_time::of_this_thread(), Ordering::SeqCst);
             self.watch.running.store(true, Ordering::SeqCst);
             let mut reply = Reply::None;
             let mut resets = 0;

@@ -4,6 +4,7 @@
 use super::harness;
 use super::layout::*;
 use super::machine::{word, Machine};
+use crate::processor_time;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -11,7 +12,7 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long one case may take.
+/// How much of a processor's time one case may take.
 const PATIENCE: Duration = Duration::from_millis(1500);
 
 /// A processor as much like the translator's as this QEMU can be.
@@ -144,7 +145,8 @@ impl Machine for Qemu {
     }
 
     fn run(&mut self, go: u64) -> Result<bool, String> {
-        let (mut seen, mut since) = (word(self, INDEX), Instant::now());
+        let clock = processor_time::of_process(self.child.id()).ok_or("QEMU has no clock")?;
+        let (mut seen, mut since) = (word(self, INDEX), processor_time::spent(clock));
         loop {
             std::thread::sleep(Duration::from_micros(200));
             if word(self, DONE) == go {
@@ -153,10 +155,10 @@ impl Machine for Qemu {
             if let Ok(Some(status)) = self.child.try_wait() {
                 return Err(format!("QEMU ended: {status}"));
             }
-            let index = word(self, INDEX);
+            let (index, now) = (word(self, INDEX), processor_time::spent(clock));
             if index != seen {
-                (seen, since) = (index, Instant::now());
-            } else if since.elapsed() > PATIENCE {
+                (seen, since) = (index, now);
+            } else if now.saturating_sub(since) > PATIENCE {
                 self.command("system_reset")?;
                 return Ok(false);
             }

@@ -77,13 +77,10 @@ impl Draft<'_> {
         }
     }
 
-    /// The ModRM byte and displacement of an absolute address.
+    /// The ModRM byte, SIB byte and displacement of an absolute address, the same for 32-
+    /// and 64-bit code: the shorter form of the former would be relative in the latter.
     fn absolute(&mut self, reg: u8, address: u64) {
-        if self.mode.bits == 64 {
-            self.put(&[0x04 | reg << 3, 0x25]);
-        } else {
-            self.put(&[0x05 | reg << 3]);
-        }
+        self.put(&[0x04 | reg << 3, 0x25]);
         self.put(&(address as u32).to_le_bytes());
     }
 
