@@ -15,7 +15,7 @@
 use crate::arena::{base_image, image_address, image_offset, CODE, CODE_LENGTH, LINE};
 use crate::case::Case;
 use crate::state::{register_text, Difference, UserState, USER_FLAGS};
-use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind, Register};
+use iced_x86::{Decoder, DecoderOptions, FlowControl, Mnemonic, OpKind, Register};
 
 /// Why a run ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -128,15 +128,21 @@ pub struct Step {
 /// - a repeated string operation that overwrites itself goes on with the old
 ///   bytes until an interrupt of the host makes it start again;
 /// - INT1 in a virtual machine may leave rip where it was;
-/// - a branch to a non-canonical address faults at its target, not at the branch;
+/// - a branch to a non-canonical address faults at its target, where processors fault
+///   at the branch and leave the stack pointer alone (so does Zen 4);
 /// - the last bytes of the address space are the host's page fault without a
 ///   segment base, and its #GP with one.
 pub fn exempt(case: &Case, left: &Outcome, right: &Outcome, steps: &[Step]) -> Option<&'static str> {
-    for side in [left, right] {
-        let rip = side.state.rip;
-        if (rip as i64) << 16 >> 16 != rip as i64 {
-            return Some("a branch to a non-canonical address faults at its target");
-        }
+    let (rip, last) = (right.state.rip, steps.last());
+    let branch = |step: &Step| {
+        let i = Decoder::new(case.bits(), &step.bytes, DecoderOptions::AMD).decode();
+        use FlowControl as F;
+        matches!(i.flow_control(), F::Return | F::IndirectBranch | F::IndirectCall)
+    };
+    let at_target = (rip as i64) << 16 >> 16 != rip as i64;
+    let general = |side: &Outcome| matches!(side.stop, Stop::Fault { vector: 13, .. });
+    if at_target && general(left) && general(right) && last.is_some_and(branch) {
+        return Some("a branch to a non-canonical address faults at its target");
     }
     for (n, step) in steps.iter().enumerate() {
         let behind = &steps[n + 1..];

@@ -198,10 +198,13 @@ pub fn parts(case: &SystemCase, before: &[Record], left: &Record, right: &Record
             M::Xsetbv if left[0] == 13 && right[0] == 6 => {
                 return Some("QEMU looks at the privilege level before OSXSAVE");
             }
-            M::Lldt if right[0] == 13 => {
+            M::Lldt if matches!(right[0], 8 | 13) => {
                 return Some("QEMU does not look at the type in the upper half of an LDT's descriptor");
             }
-            M::Ltr if right[0] == 13 && descriptor(case, right[1] + 8) >> 40 & 0x1f == 0x10 => {
+            M::Ltr
+                if matches!(right[0], 8 | 13)
+                    && descriptor(case, (right[7] & 0xfff8) + 8) >> 40 & 0x1f == 0x10 =>
+            {
                 return Some("QEMU looks at four of the five bits that must be zero in a TSS's upper half");
             }
             M::Sysexit => return Some("AMD's processors look at the privilege level before the mode"),
