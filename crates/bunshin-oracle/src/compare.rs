@@ -5,7 +5,6 @@
 //!
 //! - flags at a fault, unless [`Options::exact_flags`]: an engine may not have
 //!   computed what no instruction would read; RF, IF and above never;
-//! - 32-bit cases that load segment registers, unless [`Options::segments`];
 //! - anything when the left side ran out of time, or the right one did in a
 //!   case of more than [`MOST_INSTRUCTIONS`];
 //! - flags that are dead in code which the case overwrites afterwards, see
@@ -99,9 +98,6 @@ const MOST_INSTRUCTIONS: usize = 100_000;
 pub struct Options {
     /// Compare the arithmetic flags at faults too.
     pub exact_flags: bool,
-    /// Compare 32-bit cases that load segment registers too. Off as long as the
-    /// translator does not check limits and null selectors.
-    pub segments: bool,
 }
 
 /// Differences that a report shows.
@@ -165,12 +161,6 @@ pub fn exempt(case: &Case, left: &Outcome, right: &Outcome, steps: &[Step]) -> O
         let top = matches!(right.stop, Stop::Fault { vector: 14, address: 0xffff_ffff_ffff_ff80.., .. });
         if last && top && matches!(instruction.segment_prefix(), Register::FS | Register::GS) {
             return Some("across the top of the address space, with a segment base, the host has #GP");
-        }
-        if last && case.narrow && matches!(left.stop, Stop::Fault { vector: 13, .. }) {
-            let segment = instruction.segment_prefix();
-            if matches!(segment, Register::CS | Register::FS | Register::GS) {
-                return Some("the case made itself an access through a segment that is not modelled");
-            }
         }
     }
     None
@@ -287,9 +277,6 @@ pub fn differences(case: &Case, left: &Outcome, right: &Outcome, options: Option
         found.push(Difference::new("stop", format!("{:x?}", left.stop), format!("{:x?}", right.stop)));
     }
     let fault = matches!(left.stop, Stop::Fault { .. }) || matches!(right.stop, Stop::Fault { .. });
-    if case.narrow && !options.segments && left.selectors != SELECTORS {
-        return Vec::new();
-    }
     for (i, name) in ["fs base", "gs base"].into_iter().enumerate() {
         if left.bases[i] != right.bases[i] {
             let text = |v: u64| format!("{v:016x}");

@@ -29,7 +29,6 @@ usage: bunshin-compare [options]
   --watch, --invpcid
                     with --system: also breakpoints on data, INVPCID (QEMU 7.2
                     dies of some of the former and lacks the latter)
-  --segments        compare cases that load segment registers too
   --self-check      the host against itself: shows that the harness is sound
   --stop-after N    stop at this many differences (default 10)
   --no-minimise     report differences as they were found
@@ -102,7 +101,6 @@ fn arguments() -> Result<Arguments, String> {
             "--system" => a.system = true,
             "--invpcid" => a.system_choice.invpcid = true,
             "--watch" => a.system_choice.watch = true,
-            "--segments" => a.options.segments = true,
             "--self-check" => a.self_check = true,
             "--hot" => a.hot = true,
             "--stop-after" => a.stop_after = number(value()?)?,
