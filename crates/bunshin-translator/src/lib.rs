@@ -13,6 +13,7 @@ mod counters;
 mod cpu;
 mod cpuid;
 mod debugger;
+mod elements;
 mod engine;
 mod flags;
 mod gate;
