@@ -515,6 +515,7 @@ impl Vcpu {
             incoming: NONE,
             moved: homes.moved().into(),
             patches: patches.iter().map(|&(l, p)| Patch { host: place(l), ..p }).collect(),
+            seen: 0,
             heat: hot.then_some(Heat { since: started, slots, bounds, taken, single, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
