@@ -12,7 +12,7 @@ use crate::resume::{Behind, Left, SlowSite};
 use crate::revive::Grave;
 use crate::shared::{Crew, Shared};
 use crate::stubs::Stubs;
-use crate::translate::{Lesson, Version};
+use crate::translate::{Lesson, Scratch, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, panics, Exit, Reply, Result};
@@ -129,6 +129,7 @@ pub struct Vcpu {
     pub asm: Asm,
     pub window: Vec<u8>,
     pub factory: Option<InstructionInfoFactory>,
+    pub scratch: Scratch,
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
     /// All processors of the machine.
@@ -290,6 +291,7 @@ impl Vcpu {
             asm: Asm::default(),
             window: Vec::new(),
             factory: None,
+            scratch: Scratch::default(),
             chips,
             shared,
             crew,
