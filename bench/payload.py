@@ -47,7 +47,7 @@ same() {
 }
 sum() { echo "$1 $(sha256sum | cut -c1-16) sum"; }
 bench time gzip gzip -k text; gunzip -c text.gz > text.1; same gzip_roundtrip text.1; rm text.1
-bench time gunzip gunzip -c text.gz
+bench time gunzip gzip -dc text.gz
 bench time xz xz -1 -k text; xz -dc text.xz > text.2; same xz_roundtrip text.2; rm text.2
 bench time unxz xz -dc text.xz
 cat text text text > big; rm text.gz text.xz

@@ -86,6 +86,8 @@ pub struct Block {
     pub moved: Box<[Moved]>,
     /// Of hot code only.
     pub heat: Option<Heat>,
+    /// Of other code: number of the sample that found it last.
+    pub seen: u64,
     /// Address of the code that runs often, and its length; the same for the rest. In
     /// offsets from the block's first byte the second follows the first.
     pub host: u64,

@@ -12,7 +12,7 @@ use crate::resume::{Behind, Left, SlowSite};
 use crate::revive::Grave;
 use crate::shared::{Crew, Shared};
 use crate::stubs::Stubs;
-use crate::translate::{Lesson, Version};
+use crate::translate::{Lesson, Scratch, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
 use bunshin_core::{clock, panics, Exit, Reply, Result};
@@ -129,6 +129,7 @@ pub struct Vcpu {
     pub asm: Asm,
     pub window: Vec<u8>,
     pub factory: Option<InstructionInfoFactory>,
+    pub scratch: Scratch,
     pub chips: Arc<Chips>,
     pub shared: Arc<Shared>,
     /// All processors of the machine.
@@ -166,6 +167,8 @@ pub struct Vcpu {
     /// A kick came while a snippet ran.
     pub again: bool,
     pub effort: Effort,
+    /// Samples that found user code, and more than `AGAIN` to begin with.
+    pub found: u64,
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
     /// When the guest's system time is zero.
@@ -232,6 +235,17 @@ const SHORT: u64 = 60;
 const STRAIGHT: u64 = 60;
 /// Processor time between two samples, nanoseconds.
 const SAMPLE_NS: i64 = 1_000_000;
+/// What comes of that on most hosts, milliseconds.
+const SAMPLE_MS: u64 = 4;
+/// Code is frequent that two of so many samples find: programs whose time is spread
+/// thin gain nothing by slots.
+const AGAIN: u64 = 64;
+/// Ticks that a change of a slot's page costs, a branch foretold wrong among them, and
+/// that a slot saves at each turn.
+const REFILL: u64 = 60;
+const SAVED: u64 = 3;
+/// Bytes of host code that run in a tick.
+const BYTES_A_TICK: u64 = 16;
 
 impl Vcpu {
     /// Build processor `index` with its tables and stubs.
@@ -277,6 +291,7 @@ impl Vcpu {
             asm: Asm::default(),
             window: Vec::new(),
             factory: None,
+            scratch: Scratch::default(),
             chips,
             shared,
             crew,
@@ -300,6 +315,7 @@ impl Vcpu {
             bytes: [0; 15],
             again: false,
             effort: Effort::Sampled,
+            found: 2 * AGAIN,
             saved: u64::MAX,
             start: crew_start,
             clock_version: 0,
@@ -555,6 +571,12 @@ impl Vcpu {
             if self.blocks.all[id as usize].key.gpa != key.gpa {
                 continue;
             }
+            let b = &mut self.blocks.all[id as usize];
+            self.found += 1;
+            let since = self.found - std::mem::replace(&mut b.seen, self.found);
+            if b.heat.is_none() && since > AGAIN {
+                continue;
+            }
             let Some(lesson) = self.lesson(id) else { continue };
             self.kill(id);
             if self.translate(key.va, &mut Version::Hot(lesson)).is_ok() {
@@ -575,10 +597,14 @@ impl Vcpu {
         let now = clock::rdtsc();
         let ticks = now - std::mem::replace(&mut h.since, now);
         let often = |n: u32, most| ticks < most * u64::from(refills[n as usize]);
+        // Between two samples that find it the block runs for about one sample's time.
+        let turns = clock::tsc_hz() / 1000 * SAMPLE_MS / (u64::from(b.host_length) / BYTES_A_TICK).max(1);
+        let loses = |n: u32| u64::from(refills[n as usize]) * REFILL > turns * SAVED;
         let mut lesson = h.lesson.clone();
         for &(guest, n) in &h.slots {
-            let most = if h.bounds.contains(&n) { RESTLESS_BOUND } else { RESTLESS };
-            if often(n, most) && !lesson.restless.contains(&guest) {
+            let bound = h.bounds.contains(&n);
+            let most = if bound { RESTLESS_BOUND } else { RESTLESS };
+            if (often(n, most) || !bound && loses(n)) && !lesson.restless.contains(&guest) {
                 lesson.restless.push(guest);
             }
         }

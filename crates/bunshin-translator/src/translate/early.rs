@@ -23,6 +23,9 @@ impl<'a> Unit<'a> {
             return;
         }
         let Some((owner, place, spot)) = self.waiting(item) else { return };
+        if self.is_bound(owner) {
+            return;
+        }
         let Some(g) = self.gather_from(spot, 1) else { return };
         self.guest = item.insn.ip().wrapping_sub(self.rip) as i16;
         self.vacate();

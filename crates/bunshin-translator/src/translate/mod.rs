@@ -156,6 +156,18 @@ impl Item {
     }
 }
 
+/// Lists that are kept from one translation to the next for their memory.
+#[derive(Default)]
+pub struct Scratch {
+    items: Vec<Item>,
+    points: Vec<(Label, Point)>,
+    sites: Vec<NewSite>,
+}
+
+/// A jump out of the block: places of the rel32, the stub and its jump, target, whether
+/// pages differ, version.
+type NewSite = (Label, Label, Label, u64, bool, bool);
+
 /// A second page that hot code is looked for in.
 #[derive(Clone, Copy)]
 struct Neighbour {
@@ -196,8 +208,7 @@ struct Unit<'a> {
     bounds: Vec<Bound>,
     flags: Flags,
     points: Vec<(Label, Point)>,
-    /// Places of the rel32, the stub and its jump, target, whether pages differ, version.
-    sites: Vec<(Label, Label, Label, u64, bool, bool)>,
+    sites: Vec<NewSite>,
     relied: Vec<(u16, u16)>,
     patches: Vec<(Label, Patch)>,
     live_out: u32,
@@ -345,7 +356,8 @@ impl Vcpu {
         let mut factory = self.factory.take().unwrap_or_else(InstructionInfoFactory::new);
         let mut second = None;
         let span = window.len();
-        let mut items = plan::decode_stretch(&window, start, rip, bits, code_limit, &mut factory);
+        let kept = std::mem::take(&mut self.scratch);
+        let mut items = plan::decode_stretch(kept.items, &window, start, rip, bits, code_limit, &mut factory);
         let mut outside = items.is_empty() && {
             let first = decode(&window[start..(start + 15).min(window.len())], bits, rip);
             first.code() != Code::INVALID && first.next_ip().wrapping_sub(1) > code_limit
@@ -400,8 +412,8 @@ impl Vcpu {
             pins: Vec::new(),
             bounds: Vec::new(),
             flags: Flags::Host,
-            points: Vec::with_capacity(32),
-            sites: Vec::new(),
+            points: kept.points,
+            sites: kept.sites,
             relied: Vec::new(),
             patches: Vec::new(),
             live_out: ALL,
@@ -463,7 +475,19 @@ impl Vcpu {
         let (users, bounds) = u.bound_users();
         u.slots.extend(users);
         let Unit {
-            a, points, sites, relied, info, slots, taken, lesson, entries, homes, patches, reach, ..
+            a,
+            mut points,
+            mut sites,
+            relied,
+            info,
+            slots,
+            taken,
+            lesson,
+            entries,
+            homes,
+            patches,
+            reach,
+            ..
         } = u;
         let end = plan.iter().map(|s| s.last().next_ip().wrapping_sub(1)).max().unwrap_or(0);
         for &n in &taken {
@@ -477,7 +501,7 @@ impl Vcpu {
         let place = |l: Label| l.1 + if l.0 == Section::Cold { length } else { 0 };
         let address = |l: Label| u64::from(l.1) + if l.0 == Section::Cold { cold_at } else { at };
         let id = self.blocks.all.len() as u32;
-        for (patch, stub, jump, target, far, alone) in sites {
+        for &(patch, stub, jump, target, far, alone) in &sites {
             self.blocks.sites.push(Site {
                 patch: address(patch),
                 stub: address(stub),
@@ -492,11 +516,11 @@ impl Vcpu {
                 next_far: NONE,
             });
         }
-        let mut points: Vec<Point> = points.iter().map(|&(l, p)| Point { host: place(l), ..p }).collect();
-        points.sort_by_key(|p| p.host);
+        let mut placed: Box<[Point]> = points.iter().map(|&(l, p)| Point { host: place(l), ..p }).collect();
+        placed.sort_by_key(|p| p.host);
         let key = Key { gpa, va: rip, mode };
         let second = second.or(neighbour.filter(|_| reached));
-        self.blocks.points += points.len();
+        self.blocks.points += placed.len();
         self.blocks.all.push(Block {
             key,
             second: second.map(|s| (s.va, s.gpa)),
@@ -509,12 +533,13 @@ impl Vcpu {
             cold_length,
             checked: at,
             body: at + u64::from(body),
-            points: points.into_boxed_slice(),
+            points: placed,
             reach: if bits == 64 { 0 } else { reach.max(end) },
             relied,
             incoming: NONE,
             moved: homes.moved().into(),
             patches: patches.iter().map(|&(l, p)| Patch { host: place(l), ..p }).collect(),
+            seen: 0,
             heat: hot.then_some(Heat { since: started, slots, bounds, taken, single, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
@@ -528,6 +553,11 @@ impl Vcpu {
         self.counters.blocks += 1;
         self.counters.instructions_translated += plan.iter().map(|s| s.items.len() as u64).sum::<u64>();
         self.counters.host_bytes += u64::from(length + cold_length);
+        let mut items = plan.swap_remove(0).items;
+        items.clear();
+        points.clear();
+        sites.clear();
+        self.scratch = Scratch { items, points, sites };
         self.times.translating += bunshin_core::clock::rdtsc() - started;
         Ok(Some(id))
     }
@@ -640,25 +670,21 @@ impl<'a> Unit<'a> {
     /// Flags that the code after a stretch may read, except at the addresses
     /// `inside`, as far as it lies in the same page.
     fn look_ahead(&mut self, last: &Instruction, crossing: bool, inside: &[u64]) -> u32 {
-        let mut targets: Vec<u64> = Vec::new();
-        match last.flow_control() {
+        let targets = match last.flow_control() {
             FlowControl::UnconditionalBranch | FlowControl::Call if near(last) => {
-                targets.push(last.near_branch_target());
+                [Some(last.near_branch_target()), None]
             }
-            FlowControl::ConditionalBranch => {
-                targets.push(last.near_branch_target());
-                targets.push(last.next_ip());
-            }
-            FlowControl::Next if !ends(last) => targets.push(last.next_ip()),
+            FlowControl::ConditionalBranch => [Some(last.near_branch_target()), Some(last.next_ip())],
+            FlowControl::Next if !ends(last) => [Some(last.next_ip()), None],
             _ => return ALL,
-        }
+        };
         if crossing {
             return ALL;
         }
         // What a call returns to is not known here.
-        targets.retain(|t| last.flow_control() == FlowControl::Call || !inside.contains(t));
+        let outside = |t: &u64| last.flow_control() == FlowControl::Call || !inside.contains(t);
         let mut live = 0;
-        for t in targets {
+        for t in targets.into_iter().flatten().filter(outside) {
             let Some(off) = self.offset_of(t) else {
                 live = ALL;
                 continue;

@@ -195,7 +195,15 @@ impl Unit<'_> {
             let Some(&id) = self.v.blocks.index.get(&key) else { continue };
             let short = self.v.blocks.all[id as usize].heat.as_ref().is_some_and(|h| h.lesson.short);
             let limit = self.code_limit;
-            let items = decode_stretch(self.bytes, offset, ip, self.bits, limit, &mut self.info);
+            let items = decode_stretch(
+                Vec::with_capacity(16),
+                self.bytes,
+                offset,
+                ip,
+                self.bits,
+                limit,
+                &mut self.info,
+            );
             if !items.is_empty() {
                 plan.push(Stretch { ip, items, live_out: ALL, short });
             }
@@ -252,11 +260,16 @@ impl Unit<'_> {
     /// Fill in which flags live where.
     pub(super) fn liveness(&mut self, plan: &mut [Stretch], crossing: bool) {
         // What is read outside the plan first.
-        let inside: Vec<u64> = plan.iter().map(|s| s.ip).collect();
-        let outside: Vec<u32> = plan.iter().map(|s| self.look_ahead(s.last(), crossing, &inside)).collect();
-        let mut live_in = vec![0; plan.len()];
+        let count = plan.len();
+        let (mut inside, mut outside, mut live_in) = ([0; STRETCHES], [0; STRETCHES], [0; STRETCHES]);
+        for (ip, s) in inside.iter_mut().zip(plan.iter()) {
+            *ip = s.ip;
+        }
+        for (live, s) in outside.iter_mut().zip(plan.iter()) {
+            *live = self.look_ahead(s.last(), crossing, &inside[..count]);
+        }
         loop {
-            let before = live_in.clone();
+            let before = live_in;
             for n in (0..plan.len()).rev() {
                 let inner = plan[n].successors().into_iter().flatten();
                 let inner = inner.filter_map(|t| plan.iter().position(|s| s.ip == t));
@@ -353,8 +366,9 @@ pub(super) fn constant_address(i: &Instruction) -> Option<u64> {
 }
 
 /// Decode from `ip` on, which lies at `start` of the bytes, to the end of the stretch
-/// or to `limit`, the highest offset that code may have.
+/// or to `limit`, the highest offset that code may have. `items` is an empty list.
 pub(super) fn decode_stretch(
+    mut items: Vec<Item>,
     bytes: &[u8],
     start: usize,
     ip: u64,
@@ -362,7 +376,6 @@ pub(super) fn decode_stretch(
     limit: u64,
     factory: &mut InstructionInfoFactory,
 ) -> Vec<Item> {
-    let mut items = Vec::with_capacity(16);
     let mut d = decoder(&bytes[start..], bits, ip);
     while items.len() < MOST && d.can_decode() {
         let at = start + d.position();
