@@ -13,6 +13,7 @@ mod counters;
 mod cpu;
 mod cpuid;
 mod debugger;
+mod direct;
 mod engine;
 mod flags;
 mod gate;
@@ -40,6 +41,7 @@ mod vector;
 mod xstate;
 
 pub use count::Plant;
+pub use direct::{sandbox_addresses, Choice};
 pub use engine::TranslatorEngine;
 pub use insn::disassemble;
 pub use vcpu::Effort;
