@@ -1,8 +1,8 @@
 """Choosing an engine, and the one door to the native module.
 
 This version has one engine, the translator, and `direct`, the same with user code run
-natively where that pays (experimental: docs/design/direct-execution.md). Everything that needs `bunshin._native`
-asks `native()`, so that nothing is loaded before it is needed.
+natively where that pays (experimental: docs/design/direct-execution.md). Everything that
+needs `bunshin._native` asks `native()`, so that nothing is loaded before it is needed.
 """
 
 from __future__ import annotations

@@ -48,6 +48,8 @@ const TRIAL_NS: u64 = 2_000_000;
 /// included.
 const WORTH_NS: u64 = 30_000;
 const WASTE_NS: u64 = 18_000;
+/// Ways there and back for nothing, without a long stretch between them.
+const UNGUARDED: u32 = 8;
 /// Weight of one stretch in the average: 1 / 16.
 const WEIGHT: u32 = 4;
 
@@ -73,6 +75,8 @@ struct Standing {
     on: bool,
     /// Times that it was sent back to the translator.
     relapses: u32,
+    /// Times in a row that it came to code that cannot be guarded.
+    unguarded: u32,
     /// Something about it cannot be done directly.
     refused: bool,
 }
@@ -149,8 +153,12 @@ impl Direct {
         s.total = s.total.saturating_add(ticks);
         // A long stretch says no more than that it was long enough.
         s.stretch = s.stretch - (s.stretch >> WEIGHT) + (ticks.min(worth << WEIGHT) >> WEIGHT);
-        if s.on && s.stretch < waste && !self.eager {
+        if ticks > trial / 2 {
+            s.unguarded = 0;
+        }
+        if s.on && (s.stretch < waste || s.unguarded >= UNGUARDED) && !self.eager {
             s.on = false;
+            s.unguarded = 0;
             s.relapses += 1;
             s.total = 0;
         } else if !s.on
@@ -240,6 +248,7 @@ impl Vcpu {
         if let Some(d) = &mut self.direct {
             d.rest = true;
             // A way there and back for nothing.
+            d.standings[region].unguarded += 1;
             d.stretch(region, cr3, 0);
         }
     }
