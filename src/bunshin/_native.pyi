@@ -83,7 +83,7 @@ class Engine:
     """Processors, memory map and interrupt controllers of one machine."""
 
     def __new__(cls, name: str, cpus: int = 1, plant: str | None = None) -> Self:
-        """Create the engine called `name` ("translator"). Raises EngineError.
+        """Create the engine called `name` ("translator", "direct"). Raises EngineError.
 
         With `plant` it does something wrong, for trying those who judge engines:
         `wrong-flag`, `fault-address`, `stale-code`, `stale-tlb` or `lost-window`.

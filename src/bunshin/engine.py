@@ -1,7 +1,8 @@
 """Choosing an engine, and the one door to the native module.
 
-This version has one engine, the translator. Everything that needs `bunshin._native`
-asks `native()`, so that nothing is loaded before it is needed.
+This version has one engine, the translator, and `direct`, the same with user code run
+natively where that pays (experimental: docs/design/direct-execution.md). Everything that
+needs `bunshin._native` asks `native()`, so that nothing is loaded before it is needed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from .errors import ConfigError, EngineError
 if TYPE_CHECKING:
     from ._native import Engine
 
-AVAILABLE = ("translator",)
+AVAILABLE = ("translator", "direct")
 """Names of the engines in this version."""
 
 
@@ -41,7 +42,7 @@ def choose(name: str = "auto") -> tuple[str, str]:
         ConfigError: there is no engine of that name in this version.
     """
     if name == "auto":
-        return "translator", "it is the only engine of this version and needs no /dev/kvm"
+        return "translator", "it is what this version has for every host, and needs no /dev/kvm"
     if name in AVAILABLE:
         return name, "it was asked for"
     there = ", ".join(("auto", *AVAILABLE))

@@ -138,7 +138,7 @@ class Machine:
             append: the kernel command line, `console=ttyS0` unless given; with an image
                 it is added to the image's own.
             memory: such as `512M` or `1G`; a bare number is MiB.
-            engine: `auto` or `translator`.
+            engine: `auto`, `translator`, or `direct` (experimental).
             cpus: number of virtual processors, 1 to 64, a host thread each; more of them
                 than the host has cores make a guest slower, not faster.
             image: name of an image to boot, such as `tiny`, in place of a kernel.

@@ -48,6 +48,15 @@ FIGURES = {
         "engine.exclusive_sections": "times that all other processors stood still for one",
         "engine.halts": "times that HLT waited",
     },
+    "direct execution": {
+        "engine.direct_sandboxes": "processes made to run user code in",
+        "engine.direct_traps": "times that user code stopped there",
+        "engine.direct_fills": "pages mapped there",
+        "engine.direct_calls": "SYSCALL",
+        "engine.direct_steps": "instructions that the translator performed for it",
+        "engine.direct_unguarded": "code not run there, since it could show the host",
+        "engine.direct_losses": "processes that user code destroyed",
+    },
     "instructions performed by helpers": {
         "engine.helpers": "all of them",
         "engine.helpers.port": "IN and OUT",
@@ -87,6 +96,7 @@ FIGURES = {
         "time.tlb_ns": "misses of the TLB, page faults delivered there too (sampled)",
         "time.helpers_ns": "helpers (sampled)",
         "time.slow_path_ns": "single instructions, see engine.slow_steps (sampled)",
+        "time.direct_ns": "user code run directly, with the ways there and back",
         "time.events_ns": "interrupts, timers, kicks",
         "time.devices_ns": "devices in Python, and waiting for the interpreter (sampled)",
         "time.halted_ns": "waiting in HLT",

@@ -4,7 +4,8 @@
 //! are first touched. The guest can reach nothing outside the regions mapped
 //! here; an access elsewhere is a device access.
 use crate::error::{EngineError, Result};
-use std::sync::{Arc, RwLock};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, RwLock};
 
 /// Size of a guest page in bytes.
 pub const PAGE: u64 = 4096;
@@ -17,6 +18,8 @@ const HUGE: usize = 2 << 20;
 pub struct Region {
     host: *mut u8,
     length: usize,
+    /// The file behind it, once it is shared.
+    file: Mutex<Option<OwnedFd>>,
 }
 
 // SAFETY: the region is plain memory that the guest may change at any moment;
@@ -63,8 +66,59 @@ impl Region {
             }
             // Where the host has no huge pages, small ones do.
             libc::madvise(host.cast(), length, libc::MADV_HUGEPAGE);
-            Ok(Arc::new(Self { host, length }))
+            Ok(Arc::new(Self { host, length, file: Mutex::new(None) }))
         }
+    }
+
+    /// Put a file behind the memory that other processes can map, and return its
+    /// descriptor, which lives as long as the region. Addresses and bytes stay the same;
+    /// nobody may store there meanwhile.
+    pub fn share(&self) -> Result<RawFd> {
+        let failed = || EngineError::last_os("host-memory", "guest memory that can be shared");
+        let mut file = self.file.lock().unwrap();
+        if let Some(fd) = &*file {
+            return Ok(fd.as_raw_fd());
+        }
+        // SAFETY: makes a new descriptor.
+        let fd = unsafe { libc::memfd_create(c"bunshin-memory".as_ptr(), libc::MFD_CLOEXEC) };
+        if fd < 0 {
+            return Err(failed());
+        }
+        // SAFETY: just made.
+        let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let raw = fd.as_raw_fd();
+        // SAFETY: the descriptor is open; `touched` has a byte for each page. Only pages
+        // that exist are read, and the new mapping is as long as the old one.
+        unsafe {
+            if libc::ftruncate(raw, self.length as libc::off_t) != 0 {
+                return Err(failed());
+            }
+            let mut touched = vec![0u8; self.length.div_ceil(PAGE as usize)];
+            if libc::mincore(self.host.cast(), self.length, touched.as_mut_ptr()) != 0 {
+                return Err(failed());
+            }
+            for n in (0..touched.len()).filter(|&n| touched[n] & 1 != 0) {
+                let at = n * PAGE as usize;
+                let page = self.host.add(at).cast();
+                if libc::pwrite(raw, page, PAGE as usize, at as libc::off_t) != PAGE as isize {
+                    return Err(failed());
+                }
+            }
+            let mapped = libc::mmap(
+                self.host.cast(),
+                self.length,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                raw,
+                0,
+            );
+            if mapped == libc::MAP_FAILED {
+                return Err(failed());
+            }
+            libc::madvise(self.host.cast(), self.length, libc::MADV_HUGEPAGE);
+        }
+        *file = Some(fd);
+        Ok(raw)
     }
 
     /// First byte in host memory.

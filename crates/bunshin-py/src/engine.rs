@@ -36,7 +36,17 @@ impl Engine {
                 }
                 Ok(Self { inner: engine })
             }
-            _ => Err(refuse("engine-name", format!("there is no engine {name:?}, expected \"translator\""))),
+            "direct" => {
+                let engine =
+                    py.allow_threads(|| bunshin_translator::TranslatorEngine::new(cpus)).map_err(raise)?;
+                py.allow_threads(|| engine.run_directly(bunshin_translator::Choice::Profile))
+                    .map_err(raise)?;
+                Ok(Self { inner: engine })
+            }
+            _ => Err(refuse(
+                "engine-name",
+                format!("there is no engine {name:?}, expected \"translator\" or \"direct\""),
+            )),
         }
     }
 

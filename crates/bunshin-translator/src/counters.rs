@@ -72,6 +72,19 @@ counters! {
     exclusive_sections,
     helpers,
     halts,
+    /// Processes made for direct execution.
+    direct_sandboxes,
+    /// Times that guest code in them stopped.
+    direct_traps,
+    /// Those that were for a page to be mapped, for a system call, and for an instruction
+    /// that the translator performs.
+    direct_fills,
+    direct_calls,
+    direct_steps,
+    /// Times that code could not be run directly for instructions that show the host.
+    direct_unguarded,
+    /// Sandboxes that guest code has destroyed.
+    direct_losses,
     port_accesses,
     device_accesses,
 }
@@ -194,6 +207,8 @@ pub struct Times {
     pub slow: Sampled<13>,
     /// Interrupts and other events, without HLT.
     pub events: u64,
+    /// User code running directly, with the ways there and back.
+    pub direct: u64,
     /// Waiting in HLT.
     pub halted: u64,
 }
@@ -209,6 +224,7 @@ impl Times {
             ("time.helpers_ns", self.inside.ticks + self.outside.ticks),
             ("time.slow_path_ns", self.slow.ticks),
             ("time.events_ns", self.events),
+            ("time.direct_ns", self.direct),
             ("time.halted_ns", self.halted),
         ];
         let ns = |ticks: u64| (u128::from(ticks) * 1_000_000_000 / hz) as u64;

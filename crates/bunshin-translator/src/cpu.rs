@@ -163,6 +163,8 @@ pub struct Cpu {
     pub scratch: [u64; 3],
     /// The vector state was last loaded without XRSTOR.
     pub by_hand: u32,
+    /// Process in which user code runs directly at the moment, or 0: kicks go on to it.
+    pub sandbox: AtomicU32,
     /// The Vcpu that owns this page.
     pub vcpu: u64,
     pub fn_fill: u64,

@@ -1,5 +1,6 @@
 //! The translator behind the engine boundary.
 use crate::count::Plant;
+use crate::direct::{Choice, Direct};
 use crate::mmu::Phys;
 use crate::pages::{Pages, MAX_CPUS};
 use crate::shared::{Crew, Order, Shared};
@@ -36,6 +37,8 @@ pub struct TranslatorEngine {
     effort: Effort,
     exact_flags: AtomicBool,
     plant: Mutex<Option<Plant>>,
+    /// User code runs directly where this says so.
+    direct: Mutex<Option<Choice>>,
     /// The A20 gate is open.
     a20: Arc<AtomicBool>,
 }
@@ -82,9 +85,21 @@ impl TranslatorEngine {
             effort,
             exact_flags: AtomicBool::new(false),
             plant: Mutex::default(),
+            direct: Mutex::default(),
             a20: Arc::new(AtomicBool::new(true)),
         });
         Ok(engine)
+    }
+
+    /// Let processors taken from now on run user code directly (`direct/mod.rs`), where
+    /// `choice` says so. Memory mapped from now on can be shared with other processes.
+    ///
+    /// # Errors
+    /// The host cannot make a sandbox.
+    pub fn run_directly(&self, choice: Choice) -> Result<()> {
+        crate::direct::probe()?;
+        *self.direct.lock().unwrap() = Some(choice);
+        Ok(())
     }
 
     /// Let every processor taken from now on keep the arithmetic flags after
@@ -147,6 +162,10 @@ impl Engine for TranslatorEngine {
         v.effort = self.effort;
         v.plant = *self.plant.lock().unwrap();
         v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
+        if let Some(choice) = *self.direct.lock().unwrap() {
+            let files = self.memory.slots().iter().map(|s| s.region().share()).collect::<Result<_>>()?;
+            v.direct = Some(Box::new(Direct::new(files, choice)));
+        }
         Ok(Box::new(Handle(v)))
     }
 
@@ -164,6 +183,9 @@ impl Engine for TranslatorEngine {
                 "memory-size",
                 format!("{asked} GiB of guest memory, the translator takes at most {most} GiB"),
             ));
+        }
+        if self.direct.lock().unwrap().is_some() {
+            region.share()?;
         }
         self.memory.map(gpa, region, offset, length, readonly)
     }

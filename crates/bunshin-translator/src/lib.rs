@@ -13,6 +13,7 @@ mod counters;
 mod cpu;
 mod cpuid;
 mod debugger;
+mod direct;
 mod elements;
 mod engine;
 mod flags;
@@ -41,6 +42,7 @@ mod vector;
 mod xstate;
 
 pub use count::Plant;
+pub use direct::{sandbox_addresses, Choice};
 pub use engine::TranslatorEngine;
 pub use insn::disassemble;
 pub use vcpu::Effort;

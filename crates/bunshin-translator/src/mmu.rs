@@ -12,6 +12,7 @@
 //! A page that holds translations, or is read-only memory, never gets a store
 //! tag: stores to it take the slow path (`slow.rs`).
 use crate::cpu::*;
+use crate::direct::Stale;
 use crate::overflow::Overflow;
 use crate::pages::Pages;
 use crate::shared::Crew;
@@ -229,6 +230,19 @@ impl Phys {
         self.slot(gpa).map(|s| s.first + ((gpa - s.gpa) >> 12) as usize)
     }
 
+    /// Index of the slot that has `gpa`, and the page's offset in the file behind it.
+    pub fn file(&self, gpa: u64) -> Option<(usize, u64)> {
+        let n = self.slots.iter().position(|s| gpa >= s.gpa && gpa < s.end)?;
+        let s = &self.slots[n];
+        let base = s._keep.region().host() as u64;
+        Some((n, s.host - base + ((gpa - s.gpa) & !0xfff)))
+    }
+
+    /// The guest can store there.
+    pub fn writable(&self, gpa: u64) -> bool {
+        self.slot(gpa).is_some_and(|s| !s.readonly)
+    }
+
     /// Host address of the first byte of a page, by its index; 0 if there is none.
     pub fn host_of(&self, page: usize) -> u64 {
         let pages = |s: &PhysSlot| ((s.end - s.gpa) >> 12) as usize;
@@ -265,6 +279,8 @@ pub struct Region {
     pub slots: usize,
     /// The page of a device that was touched last.
     device: Option<DevicePage>,
+    /// What was dropped since its sandbox last ran.
+    pub stale: Stale,
 }
 
 /// A translation that the tables cannot hold, since there is no RAM behind it. Drivers
@@ -385,6 +401,7 @@ impl Region {
     }
 
     pub fn flush(&mut self) {
+        self.stale.all();
         for k in 0..self.used.len() {
             self.clear_entry(self.used[k]);
         }
@@ -456,9 +473,12 @@ impl Region {
     /// INVLPG; true when jump cache entries lay in the page.
     pub fn invalidate(&mut self, va: u64) -> bool {
         let big = (va >> 21) as usize & 511;
+        // A sandbox may have mapped a large page where the table has nothing of it.
+        self.stale.page(va);
         if self.huge {
             self.flush();
         } else if self.large[big >> 6] & (1 << (big & 63)) != 0 {
+            self.stale.all();
             let from = (va >> 12) as u16 & !511;
             for i in from..=from + 511 {
                 self.clear_entry(i);
@@ -564,6 +584,7 @@ impl Regions {
                     last_use: 0,
                     slots: 0,
                     device: None,
+                    stale: Stale::default(),
                 });
             }
             for fd in [cpu_fd, jc_fd, host_fd, way_fd] {
@@ -886,7 +907,7 @@ impl Vcpu {
 
     /// A store to `page` by this processor needs no more than to be done, up to the
     /// next safe point: nobody has translations of the page.
-    fn stores_freely(&self, page: usize) -> bool {
+    pub fn stores_freely(&self, page: usize) -> bool {
         let pages = &self.phys.pages;
         // Code is no place for many stores: no announcement of one that is not done.
         pages.code(page) == 0 && pages.announce_store(page, self.me()) == 0
@@ -1017,6 +1038,7 @@ impl Vcpu {
     pub fn drop_store_tags(&mut self, page: usize) {
         let hint = std::mem::take(&mut self.phys.hints[page]);
         let host = self.phys.host_of(page);
+        self.protect_direct(page);
         if hint != 0 {
             for r in &mut self.regions.all {
                 r.protect_slots(host);
@@ -1139,6 +1161,9 @@ impl Vcpu {
     /// Point gs at the tables for the current privilege and mode.
     pub fn select_region(&mut self) {
         let i = if self.cpu().cpl == 3 { self.user_region } else { 0 };
+        if self.direct.is_some() {
+            self.note_privilege(self.region, i);
+        }
         self.region = i;
         let mode = self.mode();
         let miss = self.stubs.lookup;

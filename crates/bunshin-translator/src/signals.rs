@@ -88,7 +88,11 @@ extern "C" fn on_kick(_signal: i32, _info: *mut libc::siginfo_t, context: *mut l
     }
     // SAFETY: set only while the processor runs on this thread.
     unsafe {
-        (*page).pending.store(1, Ordering::Release);
+        (*page).pending.store(1, Ordering::SeqCst);
+        let sandbox = (*page).sandbox.load(Ordering::SeqCst);
+        if sandbox != 0 {
+            libc::syscall(libc::SYS_tgkill, sandbox, sandbox, crate::direct::STOP);
+        }
         if inside(pc) {
             // Where a busy host's timer does not come, the guest's may.
             note(page, pc);

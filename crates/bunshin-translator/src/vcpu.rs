@@ -5,6 +5,7 @@ use crate::cache::CodeCache;
 use crate::counters::{Counters, Family, Times};
 use crate::cpu::{exit, Cpu, NO_SITE, RF, SAMPLES, TF};
 use crate::debugger::Debugger;
+use crate::direct::Direct;
 use crate::interp::debug::Armed;
 use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
@@ -201,6 +202,8 @@ pub struct Vcpu {
     /// Draws from the generator that stands for the host's in such runs.
     pub draws: u64,
     pub plant: Option<crate::count::Plant>,
+    /// User code may run directly.
+    pub direct: Option<Box<Direct>>,
     timer: signals::Timer,
     sampler: signals::Timer,
     timer_set: u64,
@@ -335,6 +338,7 @@ impl Vcpu {
             cut: None,
             draws: 0,
             plant: None,
+            direct: None,
             timer: signals::Timer::default(),
             sampler: signals::Timer::default(),
             timer_set: 0,
@@ -528,6 +532,13 @@ impl Vcpu {
                     }
                 }
                 inside = false;
+                continue;
+            }
+            if self.goes_direct() {
+                inside = false;
+                if let ControlFlow::Break(e) = self.run_direct() {
+                    return e.expect("left for an exit");
+                }
                 continue;
             }
             if !std::mem::take(&mut inside) {
@@ -1220,7 +1231,7 @@ fn help(v: &mut Vcpu, id: u32) -> u64 {
 
 fn go_on(v: &mut Vcpu) -> u64 {
     let rip = v.cpu().rip;
-    let failed = v.fatal.is_some() || v.deferred.is_some();
+    let failed = v.fatal.is_some() || v.deferred.is_some() || v.goes_direct();
     let c = v.cpu_mut();
     let pending = c.pending.load(Ordering::Relaxed) != 0;
     if c.irq_waiting != 0 && c.iflag != 0 || c.eflags & (TF | RF) != 0 || c.shadow != 0 || pending || failed {

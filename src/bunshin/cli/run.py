@@ -56,7 +56,7 @@ VERB = Verb(
         Option(
             ("--engine",),
             "NAME",
-            "What runs the guest's instructions: 'auto' (the default) or 'translator'.",
+            "What runs the guest's instructions: 'auto' (the default), 'translator', or 'direct' (a trial).",
             hidden=("-accel",),
         ),
         Option(

@@ -21,6 +21,7 @@ usage: bunshin-compare [options]
   --narrow          32-bit code, in compatibility mode
   --privileged      also CLI, IN, MOV CR0 and their like, which must fault
   --hot             translate as frequent code is translated
+  --direct          run user code directly, see docs/design/direct-execution.md
   --rewriting       code that changes itself
   --exact-flags     compare the arithmetic flags at faults too
   --system          privileged code, judged by QEMU; with --seed, --case,
@@ -49,6 +50,7 @@ struct Arguments {
     options: Options,
     self_check: bool,
     hot: bool,
+    direct: bool,
     stop_after: u64,
     minimise: bool,
     show: bool,
@@ -70,6 +72,7 @@ fn arguments() -> Result<Arguments, String> {
         options: Options::default(),
         self_check: false,
         hot: false,
+        direct: false,
         stop_after: 10,
         minimise: true,
         show: false,
@@ -103,6 +106,7 @@ fn arguments() -> Result<Arguments, String> {
             "--watch" => a.system_choice.watch = true,
             "--self-check" => a.self_check = true,
             "--hot" => a.hot = true,
+            "--direct" => a.direct = true,
             "--stop-after" => a.stop_after = number(value()?)?,
             "--no-minimise" => a.minimise = false,
             "--show" => a.show = true,
@@ -131,13 +135,15 @@ fn arguments() -> Result<Arguments, String> {
 }
 
 #[cfg(feature = "translator")]
-fn engine(hot: bool, all_flags: bool) -> Result<Box<dyn Judge>, String> {
-    let guest = bunshin_oracle::translated::translated(hot, all_flags).map_err(|e| e.to_string())?;
+fn engine(a: &Arguments, all_flags: bool) -> Result<Box<dyn Judge>, String> {
+    use bunshin_oracle::translated;
+    let guest = if a.direct { translated::direct() } else { translated::translated(a.hot, all_flags) };
+    let guest = guest.map_err(|e| e.to_string())?;
     Ok(Box::new(guest))
 }
 
 #[cfg(not(feature = "translator"))]
-fn engine(_hot: bool, _all_flags: bool) -> Result<Box<dyn Judge>, String> {
+fn engine(_: &Arguments, _: bool) -> Result<Box<dyn Judge>, String> {
     Err("built without the translator: only --self-check works".into())
 }
 
@@ -276,8 +282,8 @@ fn run(a: &Arguments) -> Result<u64, String> {
         return Ok(0);
     }
     // The engine first: our signal handlers go on top of its own.
-    let right = if a.self_check { None } else { Some(engine(a.hot, false)?) };
-    let mut all_flags = if a.self_check { None } else { Some(engine(a.hot, true)?) };
+    let right = if a.self_check { None } else { Some(engine(a, false)?) };
+    let mut all_flags = if a.self_check { None } else { Some(engine(a, true)?) };
     let mut native = Rc::new(RefCell::new(Native::new()?));
     let mut right = right.unwrap_or_else(|| Box::new(native.clone()));
     let mut comparison = Comparison {
