@@ -11,7 +11,7 @@ fn check(right: &mut dyn Judge, native: &mut dyn Judge) {
             left: native,
             right,
             all_flags: None,
-            options: Options { exact_flags: true, ..Options::default() },
+            options: Options { exact_flags: true },
         };
         let (outcome, found) = comparison.run(&program.case);
         match (&outcome.stop, program.fault) {
