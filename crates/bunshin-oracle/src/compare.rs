@@ -422,7 +422,7 @@ mod tests {
         let mut right = left.clone();
         right.state.rflags |= 1;
         assert!(names(&left, &right, Options::default()).is_empty());
-        assert_eq!(names(&left, &right, Options { exact_flags: true, ..Options::default() }), ["rflags"]);
+        assert_eq!(names(&left, &right, Options { exact_flags: true }), ["rflags"]);
         let left = outcome(Stop::Breakpoint);
         right.stop = Stop::Breakpoint;
         assert_eq!(names(&left, &right, Options::default()), ["rflags"]);

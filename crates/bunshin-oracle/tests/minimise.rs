@@ -31,7 +31,7 @@ fn a_difference_becomes_one_instruction() {
         left: &mut left,
         right: &mut right,
         all_flags: None,
-        options: Options { exact_flags: true, ..Options::default() },
+        options: Options { exact_flags: true },
     };
     let mut generator = Generator::new(&Choice::default()).unwrap();
     let (case, found) = (0..100_000)
