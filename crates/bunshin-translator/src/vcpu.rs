@@ -172,7 +172,7 @@ pub struct Vcpu {
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
     /// When the guest's system time is zero.
-    pub start: crate::shared::Moment,
+    pub start: Moment,
     /// Version of the structure that kvmclock tells it by.
     pub clock_version: u32,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
