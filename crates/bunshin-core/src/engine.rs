@@ -152,8 +152,8 @@ pub trait Engine: Send + Sync {
     /// Pages written since the last call: one bit a page, first page in bit 0.
     fn take_dirty(&self, gpa: u64, length: u64) -> Result<Vec<u8>>;
     /// Let the guest's clocks stand at `ns` nanoseconds from now on, for runs that can
-    /// be repeated; None lets them run with the host's. Before the first processor is
-    /// taken the first time.
+    /// be repeated; None lets them run with the host's. Called first before a processor
+    /// is taken.
     fn set_time(&self, ns: Option<u64>) -> Result<()> {
         let _ = ns;
         Err(EngineError::new("time", "this engine's time cannot be scripted"))

@@ -11,6 +11,7 @@ use crate::vcpu::Vcpu;
 use bunshin_core::debug::Stop;
 use bunshin_core::Exit;
 use iced_x86::Instruction;
+use std::sync::atomic::Ordering;
 
 /// Something that the translator does wrong on purpose, so that those who judge it can
 /// be tried.
@@ -48,8 +49,18 @@ impl Vcpu {
     }
 
     /// An exit that leaves no trace in the run after it.
-    pub fn counted_stop(&self, e: &Exit) -> bool {
-        *e == DONE && self.debugger.until.is_some()
+    pub fn counted_stop(&mut self, e: &Exit) -> bool {
+        let counted = *e == DONE && self.debugger.until.is_some();
+        self.resumed &= counted;
+        counted
+    }
+
+    /// `eventful`; on the way from one block to the next nobody asks whether interrupts
+    /// wait, since whatever opens a window for them looks itself.
+    pub fn eventful_after(&self, resumed: bool) -> bool {
+        let c = self.cpu();
+        self.eventful()
+            && !(resumed && self.counting() && c.pending.load(Ordering::Relaxed) == 0 && c.halted == 0)
     }
 
     /// The instruction that `cpu.begun` counts last was not executed.

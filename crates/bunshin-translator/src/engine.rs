@@ -282,7 +282,7 @@ impl Vcpu for Handle {
     }
 
     fn executed(&self) -> u64 {
-        self.0.executed
+        self.0.executed + u64::from(self.0.cpu().begun)
     }
 
     fn skip_time(&mut self, ticks: u64) {

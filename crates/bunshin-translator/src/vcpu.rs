@@ -11,7 +11,7 @@ use crate::interp::{self, Flow, Helper};
 use crate::mmu::{Exception, Filled, Phys, Regions, Trap, Who, INFO_GROUP, INFO_WRITE};
 use crate::resume::{Behind, Left, SlowSite};
 use crate::revive::Grave;
-use crate::shared::{Crew, Shared};
+use crate::shared::{Crew, Moment, Shared};
 use crate::stubs::Stubs;
 use crate::translate::{Lesson, Scratch, Version};
 use crate::{asm::Asm, perf_map, signals};
@@ -173,7 +173,7 @@ pub struct Vcpu {
     /// XSAVE components that the last exit found in use.
     pub saved: u64,
     /// When the guest's system time is zero.
-    pub start: crate::shared::Moment,
+    pub start: Moment,
     /// Version of the structure that kvmclock tells it by.
     pub clock_version: u32,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
@@ -194,6 +194,8 @@ pub struct Vcpu {
     /// `executed` when that was asked for last.
     pub started: u64,
     pub script: Option<u64>,
+    /// The run before was counted out between two blocks: this one goes on as it would have.
+    pub resumed: bool,
     /// The present instruction is a repeated one that goes on later.
     pub unfinished: bool,
     /// Most instructions that blocks get now; the block that was made so.
@@ -274,7 +276,9 @@ impl Vcpu {
         let pending = unsafe { &raw const (*cpu).pending };
         let shared = Arc::new(Shared::new(pending, !crew.single()));
         crew.join(index, shared.clone());
-        let crew_start = crew.start;
+        let clock = &chips.clock;
+        let scripted = Moment { tsc: clock.tsc(), ns: clock.now_ns() };
+        let start = if clock.script().is_some() { scripted } else { crew.start };
         let mut v = Box::new(Self {
             index,
             cpu,
@@ -320,7 +324,7 @@ impl Vcpu {
             effort: Effort::Sampled,
             found: 2 * AGAIN,
             saved: u64::MAX,
-            start: crew_start,
+            start,
             clock_version: 0,
             doorbells: Arc::default(),
             exact_flags: false,
@@ -333,6 +337,7 @@ impl Vcpu {
             executed: 0,
             started: 0,
             script: None,
+            resumed: false,
             unfinished: false,
             cut_at: None,
             cut: None,
@@ -501,7 +506,8 @@ impl Vcpu {
                     return e;
                 }
             }
-            if std::mem::take(&mut self.look) || self.eventful() {
+            let resumed = std::mem::take(&mut self.resumed);
+            if std::mem::take(&mut self.look) || self.eventful_after(resumed) {
                 inside = false;
                 let (started, halted) = (clock::rdtsc(), self.times.halted);
                 let e = self.events();
@@ -679,7 +685,12 @@ impl Vcpu {
                             self.not_begun();
                         }
                         self.tally();
+                        let pending = self.cpu().pending.load(Ordering::Relaxed) != 0;
+                        if pending || self.cpu().eflags & TF != 0 {
+                            return None;
+                        }
                         if self.counted_enough() {
+                            self.resumed = true;
                             return None;
                         }
                         let id = self.counted_block(rip, alone)?;
@@ -1046,7 +1057,8 @@ impl Vcpu {
 
     /// Bind to the calling thread: signals and timers go there.
     fn attach(&mut self) {
-        self.look |= signals::enter(self.cpu as u64);
+        // Between two counted runs another processor may have used the thread.
+        self.look |= signals::enter(self.cpu as u64) && !self.resumed;
         let id = signals::thread_id();
         if self.shared.thread.load(Ordering::Relaxed) != id {
             self.shared.thread.store(id, Ordering::Release);

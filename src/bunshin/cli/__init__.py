@@ -17,6 +17,7 @@ VERBS = {
     "run": "boot a machine and connect its console to this terminal",
     "image": "list, build and remove guest images",
     "symbols": "write a kernel's symbols to a file for GDB",
+    "lockstep": "run a machine twice, side by side, and find where the two differ",
     "doctor": "tell what this host offers and which engine bunshin would take",
     "help": "explain a verb",
 }

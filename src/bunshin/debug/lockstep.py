@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 QUANTUM = 1000
 """Instructions between two moments of the scripted time."""
-SLEEP_NS = 50_000
-"""What time goes on by while the processor halts."""
-PATIENCE_NS = 10_000_000_000
+SLEEP_NS, LONG_SLEEP_NS = 50_000, 1_000_000
+"""What time goes on by while the processor halts, first and after a while."""
+PATIENCE_NS = 5_000_000_000
 """A processor that halts for so long waits for nothing."""
 MEMORY_EVERY = 1 << 16
 """Instructions after which all of RAM is compared."""
@@ -214,6 +214,14 @@ class Side:
         state: State = self.vcpu.state()
         return state
 
+    def forget_code(self) -> None:
+        """Make it translate afresh what it comes to next."""
+        state = self.state()
+        base = 0 if code_bits(state) == 64 else state["segments"][1]["base"]
+        gpa = self.vcpu.translate(state["rip"] + base & 0xFFFF_FFFF_FFFF_FFFF)
+        if gpa is not None and self.memory.contains(gpa & ~4095, 4096):
+            self.memory.write(gpa & ~4095, self.memory.read(gpa & ~4095, 4096))
+
     def code(self, state: State) -> str:
         """The instruction that it comes to next, with its address and bytes."""
         ip = state["rip"]
@@ -368,8 +376,9 @@ class Pair:
     def _pass_time(self, before: int) -> None:
         if self.count == before:
             # Halted: time goes on without instructions.
-            self.slept += SLEEP_NS
-            self._halted += SLEEP_NS
+            sleep = SLEEP_NS if self._halted < LONG_SLEEP_NS else LONG_SLEEP_NS
+            self.slept += sleep
+            self._halted += sleep
             if self._halted > PATIENCE_NS:
                 for side in self.sides:
                     side.end = "the processor halts, and nothing wakes it"
@@ -419,6 +428,19 @@ class Pair:
             side.memory.close()
 
 
+@dataclass(frozen=True)
+class Shape:
+    """In what pieces both run: blocks, or at most so many instructions."""
+
+    early: bool = False
+    most: int = QUANTUM
+
+    @classmethod
+    def of(cls, grain: int) -> Shape:
+        """The shape of a grain, as `run` takes it."""
+        return cls(early=grain == 0, most=min(grain, QUANTUM) or QUANTUM)
+
+
 @dataclass
 class Report:
     """How a run in lockstep ended.
@@ -427,7 +449,8 @@ class Report:
         count: instructions that both executed and agreed on.
         end: why it was over, where they never differed.
         instruction: where they differ first: address, bytes, text.
-        whole: the difference needs the whole block that ends with this instruction.
+        whole: the difference needs the block as it was translated; this instruction was
+            the last to write what differs.
         found: `(what, translated, stepped)` behind it.
         before: registers before it.
     """
@@ -450,7 +473,7 @@ class Report:
             return f"agreed for {self.count} instructions: {self.end}"
         lines = [f"after {self.count} instructions:", f"  {self.instruction}"]
         if self.whole:
-            lines.append("  (the last of a block that differs only as a whole)")
+            lines.append("  (of a block that differs only as it was translated before, as a whole)")
         lines += [f"  {what}: translated {a}, stepped {b}" for what, a, b in self.found]
         lines.append("before it:")
         lines += _registers(self.before)
@@ -468,21 +491,27 @@ def run(
     config: MachineConfig,
     instructions: int,
     plant: str | None = None,
+    grain: int = QUANTUM,
     progress: Callable[[int], object] = lambda count: None,
 ) -> Report:
     """Run a machine in lockstep for so many instructions, or to its end.
 
+    Args:
+        grain: registers are compared after so many instructions, at most `QUANTUM`; 0 for
+            every block that the translated side executes in one piece. What differs in
+            between and is gone again is not seen.
     Raises:
         BunshinError: the kernel cannot be loaded, or an engine fails.
     """
     log = Log()
     pair = Pair(config, log, plant, replay=False)
+    shape = Shape.of(grain)
     good = 0  # agreed so far, memory included
     try:
         while True:
             differs, compared = False, pair.count // MEMORY_EVERY
             try:
-                pair.quantum()
+                pair.quantum(shape.early, shape.most)
                 last = pair.ended is not None or pair.count >= instructions
                 memory = last or pair.count // MEMORY_EVERY != compared
                 differs = bool(pair.compare(memory))
@@ -498,7 +527,7 @@ def run(
                 return Report(pair.count, end, output=bytes(log.output))
     finally:
         pair.close()
-    report = Finder(config, log, plant, good, instructions).find()
+    report = Finder(config, log, plant, shape, good).find()
     report.output = bytes(log.output)
     return report
 
@@ -506,36 +535,34 @@ def run(
 class Finder:
     """Finds the instruction, by running again from the start."""
 
-    def __init__(self, config: MachineConfig, log: Log, plant: str | None, good: int, limit: int) -> None:
+    def __init__(self, config: MachineConfig, log: Log, plant: str | None, shape: Shape, good: int) -> None:
         self._config, self._log, self._plant = config, log, plant
-        self._good, self._limit = good, limit
+        self._shape, self._good = shape, good
 
     def find(self) -> Report:
         """The report of the first difference."""
         quantum = self._quantum()
         start, length, blocks = self._block(quantum)
+        cut: int | None
         if start < CHEAP:
-            for n in range(1, length):
-                if self._differs(quantum, blocks, n):
-                    return self._report(quantum, blocks, n, whole=False)
+            cut = next((n for n in range(1, length) if self._differs(quantum, blocks, n)), length)
         else:
-            low, high = 1, length
-            while low < high:
-                middle = (low + high) // 2
+            cut, high = 1, length
+            while cut < high:
+                middle = (cut + high) // 2
                 if self._differs(quantum, blocks, middle):
                     high = middle
                 else:
-                    low = middle + 1
-            if low < length:
-                return self._report(quantum, blocks, low, whole=False)
-        cut = self._differs(quantum, blocks, length)
-        return self._report(quantum, blocks, length, whole=not cut)
+                    cut = middle + 1
+        if cut == length and not self._differs(quantum, blocks, length, afresh=True):
+            cut = None
+        return self._report(quantum, blocks, cut, length)
 
     def _pair(self, steps: int) -> Pair:
         """Both sides after so many calls of `quantum`."""
         pair = Pair(self._config, self._log, self._plant, replay=True)
         for _ in range(steps):
-            pair.quantum()
+            pair.quantum(self._shape.early, self._shape.most)
         return pair
 
     def _quantum(self) -> int:
@@ -544,7 +571,7 @@ class Finder:
         steps = 0
         try:
             while pair.ended is None:
-                pair.quantum()
+                pair.quantum(self._shape.early, self._shape.most)
                 if pair.compare(memory=pair.count > self._good):
                     break
                 steps += 1
@@ -584,9 +611,14 @@ class Finder:
             pair.quantum(early=True)
         return pair
 
-    def _differs(self, quantum: int, blocks: int, n: int) -> bool:
+    def _differs(self, quantum: int, blocks: int, n: int, afresh: bool = False) -> bool:
+        """Whether the block differs that is cut after `n` instructions, which makes it afresh;
+        the whole block is only made so if that is asked for.
+        """
         pair = self._at(quantum, blocks)
         try:
+            if afresh:
+                pair.translated.forget_code()
             pair.quantum(most=n)
             return bool(pair.compare(memory=True))
         except Apart:
@@ -594,28 +626,50 @@ class Finder:
         finally:
             pair.close()
 
-    def _report(self, quantum: int, blocks: int, n: int, whole: bool) -> Report:
+    def _report(self, quantum: int, blocks: int, cut: int | None, length: int) -> Report:
         pair = self._at(quantum, blocks)
         try:
-            # The stepped side shows the way to the instruction itself.
-            start = pair.stepped.count
-            guide = self._at(quantum, blocks)
-            try:
-                if n > 1:
-                    guide.stepped.run(n - 1, guide.log, None)
-                before = guide.stepped.state()
-                instruction = guide.stepped.code(before)
-            finally:
-                guide.close()
+            start = pair.count
             found: list[tuple[str, str, str]] = []
             try:
-                if whole:
+                if cut is None:
                     pair.quantum(early=True)
                 else:
-                    pair.quantum(most=n)
+                    if cut == length:
+                        pair.translated.forget_code()
+                    pair.quantum(most=cut)
             except Apart as apart:
                 found.append(("exits", str(apart), ""))
             found += pair.compare(memory=True)
-            return Report(start + n - 1, "", instruction, whole, found, before)
         finally:
             pair.close()
+        # The stepped side shows the way to the instruction itself.
+        guide = self._at(quantum, blocks)
+        try:
+            states = [guide.stepped.state()]
+            codes = [guide.stepped.code(states[0])]
+            for _ in range(1, cut or length):
+                guide.stepped.run(1, guide.log, None)
+                states.append(guide.stepped.state())
+                codes.append(guide.stepped.code(states[-1]))
+        except Apart:
+            pass  # it went as far as it could
+        finally:
+            guide.close()
+        at = len(states) - 1 if cut is not None else _last_writer(states, found)
+        return Report(start + at, "", codes[at], cut is None, found, states[at])
+
+
+def _last_writer(states: list[State], found: list[tuple[str, str, str]]) -> int:
+    """Which instruction wrote last what differs at the end; `states` are those before
+    each instruction. The earliest, if several registers differ; else the last one.
+    """
+    names = {what for what, _, _ in found}
+    writers = []
+    for register, name in enumerate(GPRS):
+        changes = [
+            n for n in range(len(states) - 1) if states[n]["gpr"][register] != states[n + 1]["gpr"][register]
+        ]
+        if name in names and changes:
+            writers.append(changes[-1])
+    return min(writers, default=len(states) - 1)

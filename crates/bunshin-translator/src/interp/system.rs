@@ -154,6 +154,9 @@ pub fn interrupt_flag(v: &mut Vcpu, i: &Instruction) -> Done {
     let set = i.mnemonic() == M::Sti;
     if c.cr0 & 1 == 0 || c.cpl <= c.iopl() {
         c.iflag = u8::from(set);
+        if set {
+            c.shadow = 1;
+        }
         return Ok(Flow::Next);
     }
     let virtual_flag = if c.eflags & VM != 0 { c.cr4 & CR4_VME } else { c.cr4 & CR4_PVI };
