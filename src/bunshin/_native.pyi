@@ -163,8 +163,12 @@ class Vcpu:
         and everything that is no access. When a device raises, its access has been
         answered with 0 by the time the error arrives here.
         """
-    def complete(self, reply: int | bytes | None = None) -> None:
-        """Answer the last exit without running on."""
+    def complete(self, reply: int | bytes | None = None) -> _Exit | None:
+        """Answer the last exit and finish its instruction without running on.
+
+        An exit that comes back belongs to the same instruction and wants its answer too;
+        after None the state can be taken.
+        """
     def state(self) -> dict[str, Any]:
         """The architectural state: the fields of CpuState by name.
 

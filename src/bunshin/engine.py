@@ -13,7 +13,7 @@ from .errors import ConfigError, EngineError
 if TYPE_CHECKING:
     from ._native import Engine
 
-AVAILABLE = ("translator",)
+AVAILABLE = ("kvm", "translator")
 """Names of the engines in this version."""
 
 

@@ -515,13 +515,14 @@ class Machine:
         counts = cpu.counts = [0] * (max(getattr(native, name) for name in exits.NAMES) + 1)
         reply: int | bytes | None = None
         while True:
+            exit = None
             if self._attention:
-                complete(reply)
+                exit = complete(reply)
                 reply = None
-                if not self._park(cpu):
+                if exit is None and not self._park(cpu):
                     return
             # Plain accesses to devices are answered inside; what comes here is the rest.
-            kind, address, size, value = serve(dispatch, reply)
+            kind, address, size, value = exit or serve(dispatch, reply)
             counts[kind] += 1
             reply = None
             try:

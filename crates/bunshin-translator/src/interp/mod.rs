@@ -659,7 +659,8 @@ impl Vcpu {
                 n -= 1;
             }
             self.counters.device_accesses += 1;
-            let v = match self.chips.mmio_read(self.index, at, n as u8) {
+            let chip = if self.foreign { None } else { self.chips.mmio_read(self.index, at, n as u8) };
+            let v = match chip {
                 Some(v) => v,
                 None if self.answer_next < self.answers.len() => {
                     self.answer_next += 1;
@@ -688,7 +689,8 @@ impl Vcpu {
             let mut v = [0; 8];
             v[..n].copy_from_slice(&from[done..done + n]);
             let value = u64::from_le_bytes(v);
-            if !self.chips.mmio_write(self.index, at, n as u8, value) && !self.ring(at, n as u8, value) {
+            let chip = !self.foreign && self.chips.mmio_write(self.index, at, n as u8, value);
+            if !chip && !self.ring(at, n as u8, value) {
                 self.outbox.push_back(Exit::MmioWrite { gpa: at, size: n as u8, value });
             }
             done += n;
