@@ -64,6 +64,12 @@ FIGURES = {
         "engine.helpers.context": "XSAVE, XRSTOR, FXSAVE and their kin",
         "engine.helpers.other": "the rest",
     },
+    "engines": {
+        "engine.kvm_entries": "times that KVM was entered",
+        "engine.rescues": "times that the translator went on where KVM could not",
+        "engine.rescued_instructions": "instructions performed so",
+        "engine.switches": "moves to another engine, by processor",
+    },
     "devices": {
         "engine.port_accesses": "IN and OUT, interrupt controllers included",
         "engine.device_accesses": "loads and stores outside RAM, interrupt controllers included",

@@ -25,6 +25,8 @@ import pytest
 
 from bunshin import Machine
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 LOAD = 0x10_0000
 END_OF_RAM = 32 << 20
 STACK, DATA, IDT, HANDLER = 0x16_0000, 0x18_0000, 0x18_1000, 0x18_2000

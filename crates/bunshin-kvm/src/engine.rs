@@ -85,10 +85,8 @@ impl KvmEngine {
     pub fn processor(&self, index: u32) -> Result<KvmVcpu> {
         let mut taken = self.taken.lock().unwrap_or_else(PoisonError::into_inner);
         match taken.get_mut(index as usize) {
-            None => return Err(EngineError::new("cpus", format!("there is no processor {index}"))),
-            Some(true) => {
-                return Err(EngineError::new("cpus", format!("processor {index} is taken already")))
-            }
+            None => Err(EngineError::new("cpus", format!("there is no processor {index}"))),
+            Some(true) => Err(EngineError::new("cpus", format!("processor {index} is taken already"))),
             Some(taken) => {
                 let fd = self
                     .vm

@@ -1,9 +1,9 @@
 //! Guest memory as KVM's slots, with the log of written pages and the A20 gate.
 //!
-//! KVM has no A20 gate. While it is closed the second megabyte shows the first, which
-//! is what real-mode programs look for; the other odd megabytes stay as they are.
-//! Moving slots is not atomic for other processors that run meanwhile; whoever closes
-//! the gate is alone.
+//! KVM has no A20 gate. While it is closed, the odd megabytes of the first 64 show the
+//! even ones below them; above that, where no program of those days looks, they stay as
+//! they are. Moving slots is not atomic for other processors that run meanwhile; whoever
+//! closes the gate is alone.
 use crate::refused;
 use bunshin_core::memory::{Slot, PAGE};
 use bunshin_core::{EngineError, GuestMemory, Region, Result};
@@ -13,6 +13,8 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 const MIB: u64 = 1 << 20;
+/// End of what the A20 gate moves.
+const GATED: u64 = 64 * MIB;
 
 /// What one of KVM's slots shows.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -151,21 +153,22 @@ impl Memory {
             logged: slots.logged.iter().any(|&(a, b)| a < to && from < b),
         };
         for s in &all {
-            let end = s.gpa + s.length;
-            if !slots.closed || s.gpa >= 2 * MIB || end <= MIB {
-                pieces.push(whole(s, s.gpa, end));
-                continue;
+            let (mut at, end) = (s.gpa, s.gpa + s.length);
+            // Even megabytes show themselves; the odd ones are added below.
+            while slots.closed && at < end && at < GATED {
+                let next = ((at / MIB + 1) * MIB).min(end);
+                if at / MIB % 2 == 0 {
+                    pieces.push(whole(s, at, next));
+                }
+                at = next;
             }
-            if s.gpa < MIB {
-                pieces.push(whole(s, s.gpa, MIB));
-            }
-            if end > 2 * MIB {
-                pieces.push(whole(s, 2 * MIB, end));
+            if at < end {
+                pieces.push(whole(s, at, end));
             }
         }
         if slots.closed {
-            let low: Vec<_> = pieces.iter().filter(|p| p.gpa < MIB).copied().collect();
-            pieces.extend(low.iter().map(|p| Piece { gpa: p.gpa + MIB, ..*p }));
+            let even: Vec<_> = pieces.iter().filter(|p| p.gpa < GATED).copied().collect();
+            pieces.extend(even.iter().map(|p| Piece { gpa: p.gpa + MIB, ..*p }));
         }
         pieces
     }

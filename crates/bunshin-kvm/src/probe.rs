@@ -173,8 +173,8 @@ impl Drop for Watch {
 fn tables() -> Vec<u8> {
     let mut pages = vec![0; 0x3000];
     let mut entry = |page: usize, value: u64| pages[page..page + 8].copy_from_slice(&value.to_le_bytes());
-    entry(0, TABLES + 0x1000 | 3);
-    entry(0x1000, TABLES + 0x2000 | 3);
+    entry(0, (TABLES + 0x1000) | 3);
+    entry(0x1000, (TABLES + 0x2000) | 3);
     entry(0x2000, 0x83);
     pages
 }

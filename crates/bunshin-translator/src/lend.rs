@@ -1,6 +1,7 @@
 //! Single instructions for another engine: it lends the state of one of its processors,
 //! without the interrupt controllers, which stay where they are.
 use crate::engine::TranslatorVcpu;
+use crate::signals;
 use crate::vcpu::Vcpu;
 use bunshin_core::{CpuState, Exit, Result, Times};
 
@@ -21,6 +22,8 @@ impl TranslatorVcpu {
     /// Perform one instruction, or deliver the event that waits. An exit wants its
     /// answer by `complete`.
     pub fn step(&mut self) -> Option<Exit> {
+        // Faults of copied instructions find their way by that.
+        self.0.attach();
         let exit = self.0.visit(|v| match v.incoming.take() {
             Some(event) => {
                 v.take_event(&event);
@@ -28,6 +31,7 @@ impl TranslatorVcpu {
             }
             None => v.step(),
         });
+        signals::leave();
         let exit = exit.or_else(|| self.0.fatal.clone());
         if let Some(e) = &exit {
             self.0.owe(e);

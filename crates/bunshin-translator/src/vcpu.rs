@@ -1053,7 +1053,7 @@ impl Vcpu {
     }
 
     /// Bind to the calling thread: signals and timers go there.
-    fn attach(&mut self) {
+    pub fn attach(&mut self) {
         self.look |= signals::enter(self.cpu as u64);
         let id = signals::thread_id();
         if self.shared.thread.load(Ordering::Relaxed) != id {
