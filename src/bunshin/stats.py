@@ -87,7 +87,7 @@ FIGURES = {
     },
     "time by part": {
         "time.total_ns": "processors running, all of what follows",
-        "time.guest_code_ns": "in translated code: the rest of the total",
+        "time.guest_code_ns": "in translated code or in KVM: the rest of the total",
         "time.translating_ns": "translating",
         "time.lookup_ns": "looking up blocks for jumps (sampled)",
         "time.tlb_ns": "misses of the TLB, page faults delivered there too (sampled)",

@@ -7,17 +7,18 @@
 //! them is one that KVM must do, and if it cannot, nobody can: the run fails, and the
 //! sentence says so.
 //!
-//! What failed once will fail again, so the translator goes on while the next
-//! instruction is of a kind that has failed before.
+//! What failed will fail again a few instructions on (STAC, the copy, CLAC), so the
+//! translator goes on for a while: to user mode, which KVM runs well where it emulates
+//! supervisor code, or to an instruction that is KVM's, or for [`MOST`] instructions.
 use crate::vcpu::Processor;
 use bunshin_core::chips::{IOAPIC_GPA, LAPIC_GPA};
 use bunshin_core::{CpuState, EngineError, Exit, Reply, Result, Vcpu};
 use bunshin_kvm::Failure;
-use iced_x86::Mnemonic;
-use std::collections::HashSet;
+use iced_x86::{Instruction, Mnemonic};
 
-/// Instructions performed in one go, at most: kicks and interrupts wait meanwhile.
-const MOST: u64 = 64;
+/// Instructions performed in one go, at most: kicks and interrupts wait meanwhile. KVM
+/// performs one in half a microsecond where it emulates, a rescue takes fifty.
+const MOST: u64 = 32;
 const APIC_BASE: u32 = 0x1B;
 const TSC_DEADLINE: u32 = 0x6E0;
 /// Setting these writes to guest memory.
@@ -28,7 +29,8 @@ const KVMCLOCK: [u32; 2] = [0x4B56_4D00, 0x4B56_4D01];
 pub struct Rescue {
     /// The state as KVM gave it, while an instruction waits for its owner.
     lent: Option<CpuState>,
-    failed: HashSet<Mnemonic>,
+    /// Instructions performed since.
+    done: u64,
     rescues: u64,
     instructions: u64,
 }
@@ -42,6 +44,16 @@ impl Rescue {
     pub fn stats(&self) -> [(&'static str, u64); 2] {
         [("rescues", self.rescues), ("rescued_instructions", self.instructions)]
     }
+}
+
+/// Instructions that have to do with what KVM keeps, and that it can emulate.
+fn is_kvms(next: &Instruction) -> bool {
+    use Mnemonic as M;
+    let ports = matches!(
+        next.mnemonic(),
+        M::In | M::Out | M::Insb | M::Insw | M::Insd | M::Outsb | M::Outsw | M::Outsd
+    );
+    ports || matches!(next.mnemonic(), M::Rdmsr | M::Wrmsr | M::Hlt | M::Mwait | M::Vmcall | M::Vmmcall)
 }
 
 fn no_such(what: &str) -> EngineError {
@@ -86,7 +98,10 @@ impl Processor {
     /// Get past an emulation failure. An exit: the owner is needed for that.
     fn rescue(&mut self, failure: &Failure) -> Option<Exit> {
         match self.lend() {
-            Ok(()) => self.go_on(true),
+            Ok(()) => {
+                self.rescue.done = 0;
+                self.go_on()
+            }
             Err(e) => {
                 self.rescue.lent = None;
                 let reason = format!("{}; the translator cannot help: {}", failure.reason, e.message);
@@ -119,20 +134,18 @@ impl Processor {
     }
 
     /// Perform instructions from the present one on, then give the registers back.
-    fn go_on(&mut self, first: bool) -> Option<Exit> {
-        let mut first = first;
-        for _ in 0..MOST {
+    fn go_on(&mut self) -> Option<Exit> {
+        while self.rescue.done < MOST {
             let Some(translator) = &mut self.translator else { break };
-            let next = translator.next_instruction().map(|i| i.mnemonic());
-            if first {
-                self.rescue.failed.extend(next);
-            } else if !next.is_some_and(|m| self.rescue.failed.contains(&m)) {
-                break;
+            if self.rescue.done > 0 {
+                let next = translator.next_instruction();
+                if translator.in_user_mode() || next.is_none_or(|next| is_kvms(&next)) {
+                    break;
+                }
             }
-            first = false;
+            self.rescue.done += 1;
             self.rescue.instructions += 1;
-            let exit = translator.step();
-            if let Some(exit) = exit {
+            if let Some(exit) = translator.step() {
                 return self.needs_owner(exit);
             }
         }
@@ -144,6 +157,11 @@ impl Processor {
         let chip = |gpa: u64| matches!(gpa & !0xFFF, LAPIC_GPA | IOAPIC_GPA);
         match exit {
             Exit::MmioRead { gpa, .. } | Exit::MmioWrite { gpa, .. } if chip(gpa) => {
+                if self.rescue.done > 1 {
+                    // It has not happened, and KVM can do it.
+                    self.rescue.instructions -= 1;
+                    return self.give_back();
+                }
                 let reason = format!(
                     "KVM on this host cannot emulate an instruction that accesses an interrupt \
                      controller at gpa {gpa:#x}, and the translator has none of KVM's"

@@ -29,7 +29,10 @@ pub use engine::KvmEngine;
 pub use vcpu::{Failure, KvmVcpu};
 
 use bunshin_core::EngineError;
+use std::ffi::CString;
 
+/// Another device node than [`NODE`], for containers that have it elsewhere.
+const VARIABLE: &str = "BUNSHIN_KVM";
 /// The device node.
 pub const NODE: &str = "/dev/kvm";
 
@@ -41,7 +44,11 @@ fn refused(what: impl std::fmt::Display, error: kvm_ioctls::Error) -> EngineErro
 
 /// Open the device node, and see that it speaks the version that there is.
 fn open() -> Result<kvm_ioctls::Kvm, EngineError> {
-    let kvm = kvm_ioctls::Kvm::new().map_err(|error| {
+    let path = std::env::var_os(VARIABLE).filter(|p| !p.is_empty()).unwrap_or_else(|| NODE.into());
+    let node = std::path::Path::new(&path).display();
+    let given = CString::new(path.as_encoded_bytes())
+        .map_err(|_| EngineError::new("kvm", format!("{VARIABLE} has a NUL")))?;
+    let kvm = kvm_ioctls::Kvm::new_with_path(given).map_err(|error| {
         let os = std::io::Error::from_raw_os_error(error.errno());
         let (slug, advice) = match os.kind() {
             std::io::ErrorKind::NotFound => {
@@ -53,10 +60,11 @@ fn open() -> Result<kvm_ioctls::Kvm, EngineError> {
             ),
             _ => ("kvm", "the translator needs none"),
         };
-        EngineError::new(slug, format!("{NODE} cannot be opened: {os}; {advice}"))
+        EngineError::new(slug, format!("{node} cannot be opened: {os}; {advice}"))
     })?;
     match kvm.get_api_version() {
         12 => Ok(kvm),
-        other => Err(EngineError::new("kvm", format!("{NODE} speaks version {other}, expected 12"))),
+        other if other < 0 => Err(EngineError::new("kvm", format!("{node} is not KVM's"))),
+        other => Err(EngineError::new("kvm", format!("{node} speaks version {other}, expected 12"))),
     }
 }

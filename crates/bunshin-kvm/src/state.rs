@@ -102,7 +102,8 @@ fn segment_in(s: &Segment) -> kvm_segment {
         l: bit(13),
         g: bit(15),
         avl: bit(12),
-        unusable: bit(16),
+        // Null selectors too; a processor with VT-x insists on that.
+        unusable: bit(16) | (1 - bit(7)),
         padding: 0,
     }
 }
@@ -133,6 +134,9 @@ pub fn read(v: &KvmVcpu) -> Result<CpuState> {
     msrs.push((APIC_BASE, sregs.apic_base));
     msrs.sort_unstable();
     let tsc = msr_value(v, TSC).unwrap_or(0);
+    let mut area: Vec<_> = xsave.region.iter().flat_map(|w| w.to_le_bytes()).collect();
+    // Where processors leave room the kernel notes what it has saved.
+    area[464..512].fill(0);
     let segments = [sregs.es, sregs.cs, sregs.ss, sregs.ds, sregs.fs, sregs.gs];
     Ok(CpuState {
         gpr: [
@@ -154,7 +158,7 @@ pub fn read(v: &KvmVcpu) -> Result<CpuState> {
         xcr0: xcr0.unwrap_or(1),
         dr: [debug.db[0], debug.db[1], debug.db[2], debug.db[3], debug.dr6, debug.dr7],
         msrs,
-        xsave: xsave.region.iter().flat_map(|w| w.to_le_bytes()).collect(),
+        xsave: area,
         lapic: lapic.regs.iter().map(|&b| b as u8).collect(),
         tsc,
         halted: mp.mp_state == KVM_MP_STATE_HALTED,
@@ -248,6 +252,14 @@ fn write_msrs(v: &KvmVcpu, msrs: &[(u32, u64)]) -> Result<()> {
         left = &left[set + 1..];
     }
     Ok(())
+}
+
+/// What firmware would have set, as the other engines have it after RESET#.
+pub fn power_up(v: &KvmVcpu) -> Result<()> {
+    const FIXED: [u32; 11] = [0x250, 0x258, 0x259, 0x268, 0x269, 0x26A, 0x26B, 0x26C, 0x26D, 0x26E, 0x26F];
+    let mut msrs: Vec<_> = FIXED.iter().map(|&index| (index, 0x0606_0606_0606_0606)).collect();
+    msrs.push((0x2FF, 0x806));
+    write_msrs(v, &msrs)
 }
 
 /// Replace a processor's state.
@@ -461,6 +473,7 @@ mod tests {
 
     #[test]
     fn segments_come_back_as_they_were() {
+        assert_eq!(segment_in(&Segment::default()).unusable, 1);
         for access in [0xC09B, 0xA09B, 0x8B, 0x1_0082, 0xC0F3, 0x1093] {
             let s = Segment { selector: 0x33, base: 0x1234_5678_9ABC, limit: 0xF_FFFF, access };
             assert_eq!(segment_out(&segment_in(&s)), s, "{access:#x}");

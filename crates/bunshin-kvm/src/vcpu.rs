@@ -108,7 +108,7 @@ impl KvmVcpu {
             kicked: AtomicBool::new(false),
             thread: AtomicU32::new(0),
         };
-        Ok(Self {
+        let vcpu = Self {
             index,
             fd,
             vm,
@@ -118,7 +118,10 @@ impl KvmVcpu {
             failure: None,
             fatal: None,
             entries: 0,
-        })
+        };
+        // One without these registers does without.
+        let _ = state::power_up(&vcpu);
+        Ok(vcpu)
     }
 
     /// Take why KVM could not go on; the processor may run again after that.
@@ -372,6 +375,8 @@ impl Vcpu for KvmVcpu {
     fn skip_time(&mut self, ticks: u64) {
         let Ok(times) = clocks::times(&self.vm, &self.fd) else { return };
         let _ = clocks::set_tsc_offset(&self.fd, times.tsc_offset.wrapping_sub(ticks));
+        // What the guest's kvmclock was told counts from the old offset: tell it anew.
+        let _ = self.fd.kvmclock_ctrl();
         if self.index == 0 {
             let back = clocks::ns_of(ticks);
             let system_ns = times.system_ns.saturating_sub(back);

@@ -49,8 +49,12 @@ impl TranslatorVcpu {
         self.0.visit(Vcpu::state)
     }
 
-    /// Bytes at the instruction pointer that could be an instruction; none where they
-    /// cannot be fetched.
+    /// It runs at privilege level 3.
+    pub fn in_user_mode(&self) -> bool {
+        self.0.cpu().cpl == 3
+    }
+
+    /// The instruction that is next; none where it cannot be fetched.
     pub fn next_instruction(&mut self) -> Option<iced_x86::Instruction> {
         self.0.visit(|v| v.fetch().ok())
     }

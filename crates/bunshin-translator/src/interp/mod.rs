@@ -21,6 +21,7 @@ pub mod task;
 use crate::insn::gpr_number;
 use crate::mmu::{ud, Kind, Trap, Who};
 use crate::vcpu::{mode, Vcpu};
+use bunshin_core::chips::{IOAPIC_GPA, LAPIC_GPA};
 use bunshin_core::Exit;
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
 use std::arch::x86_64::{_mm_loadu_si128, _mm_storeu_si128};
@@ -689,6 +690,10 @@ impl Vcpu {
             let mut v = [0; 8];
             v[..n].copy_from_slice(&from[done..done + n]);
             let value = u64::from_le_bytes(v);
+            if self.foreign && matches!(at & !0xfff, LAPIC_GPA | IOAPIC_GPA) {
+                // Whoever has it makes the access; the instruction has not happened.
+                return Err(Trap::Exit(Exit::MmioWrite { gpa: at, size: n as u8, value }));
+            }
             let chip = !self.foreign && self.chips.mmio_write(self.index, at, n as u8, value);
             if !chip && !self.ring(at, n as u8, value) {
                 self.outbox.push_back(Exit::MmioWrite { gpa: at, size: n as u8, value });
