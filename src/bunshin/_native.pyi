@@ -24,6 +24,7 @@ __all__ = [
     "disassemble",
     "host_features",
     "perf_map",
+    "probe_kvm",
     "tsc_hz",
 ]
 
@@ -82,11 +83,19 @@ FAILED      0, 0, sentence (str)
 class Engine:
     """Processors, memory map and interrupt controllers of one machine."""
 
-    def __new__(cls, name: str, cpus: int = 1, plant: str | None = None) -> Self:
-        """Create the engine called `name` ("translator", "direct"). Raises EngineError.
+    def __new__(cls, name: str, cpus: int = 1, plant: str | None = None, movable: bool = False) -> Self:
+        """Create the engine called `name` ("kvm", "translator", "direct"). Raises EngineError.
 
-        With `plant` it does something wrong, for trying those who judge engines:
-        `wrong-flag`, `fault-address`, `stale-code`, `stale-tlb` or `lost-window`.
+        The guest of a `movable` one, and of "kvm", is told only of what both engines
+        keep: it can `switch`. With `plant` the translator does something wrong, for trying
+        those who judge engines: `wrong-flag`, `fault-address`, `stale-code`, `stale-tlb` or
+        `lost-window`.
+        """
+    def switch(self, name: str) -> None:
+        """Let the engine `name` run the machine; all processors stand, their exits complete.
+
+        Raises EngineError: it cannot be had, or cannot keep what the guest was told; the
+        machine is as it was then.
         """
     @property
     def name(self) -> str: ...
@@ -163,8 +172,12 @@ class Vcpu:
         and everything that is no access. When a device raises, its access has been
         answered with 0 by the time the error arrives here.
         """
-    def complete(self, reply: int | bytes | None = None) -> None:
-        """Answer the last exit without running on."""
+    def complete(self, reply: int | bytes | None = None) -> _Exit | None:
+        """Answer the last exit and finish its instruction without running on.
+
+        An exit that comes back belongs to the same instruction and wants its answer too;
+        after None the state can be taken.
+        """
     def state(self) -> dict[str, Any]:
         """The architectural state: the fields of CpuState by name.
 
@@ -221,6 +234,20 @@ def tsc_hz() -> int:
 
 def disassemble(code: bytes, bits: int, ip: int) -> tuple[str, int]:
     """The first instruction of code of 16, 32 or 64 bits as text, and its length in bytes."""
+
+def probe_kvm() -> dict[str, Any]:
+    """What KVM on this host is worth, measured with a throwaway machine in some milliseconds.
+
+    refusal         why /dev/kvm does not open: `kvm-absent`, `kvm-permission`, `kvm`; or None
+    trouble         a sentence: why there was no machine, or why its guest ended early; or None
+    machine         it made a machine with memory, processor and interrupt controllers (bool)
+    long_mode       the guest's first instruction in long mode was executed (bool)
+    instruction_ns  nanoseconds of a simple instruction in supervisor mode; 0.0 unless measured
+    cmpxchg16b      it works there (bool)
+    xsave           XSAVE and XRSTOR do; None where they are not offered
+    slots, cpus     pieces of memory and processors that KVM takes
+    took_us         microseconds that it took
+    """
 
 def perf_map(path: str | os.PathLike[str], symbols: list[tuple[int, str]]) -> None:
     """Write names of translated code to `path` from now on, as perf's JIT maps want them.

@@ -109,6 +109,7 @@ class Machine:
     Attributes:
         config: the checked configuration.
         engine_name, engine_reason: which engine runs it, and why.
+        engine_warning: what speaks against an engine that was asked for, or None.
         console: the far end of COM1.
         memory: guest RAM, read and written by gpa.
         bus: ports and MMIO; devices can be added and removed at any time.
@@ -129,6 +130,7 @@ class Machine:
         console: Any = None,
         boot: str = "auto",
         perf_map: bool | str | os.PathLike[str] = False,
+        movable: bool = False,
     ) -> None:
         """Build a machine; nothing runs before `start`.
 
@@ -138,7 +140,7 @@ class Machine:
             append: the kernel command line, `console=ttyS0` unless given; with an image
                 it is added to the image's own.
             memory: such as `512M` or `1G`; a bare number is MiB.
-            engine: `auto`, `translator`, or `direct` (experimental).
+            engine: `auto`, `kvm`, `translator`, or `direct` (experimental).
             cpus: number of virtual processors, 1 to 64, a host thread each; more of them
                 than the host has cores make a guest slower, not faster.
             image: name of an image to boot, such as `tiny`, in place of a kernel.
@@ -149,6 +151,8 @@ class Machine:
                 code by guest functions: those that the kernel names itself (True), or those
                 of a System.map, a copy of /proc/kallsyms or an ELF file (its path). One map
                 serves the whole process.
+            movable: tell the guest only of what all engines of this host keep, so that
+                `switch_engine` can move it; one that begins in KVM always is.
         Raises:
             ConfigError: one sentence that names the option.
             ImageError: the image cannot be had.
@@ -157,7 +161,7 @@ class Machine:
         self._closed = False
         self._threads: list[_Cpu] = []
         self._final: dict[str, int] | None = None
-        self.engine_name, self.engine_reason = engines.choose(engine)
+        self.engine_name, self.engine_reason, self.engine_warning = engines.choose(engine)
         if image is not None:
             kernel, initrd, append = _from_image(image, kernel, initrd, append, memory, cpus, boot)
         self.config = MachineConfig.check(
@@ -180,7 +184,7 @@ class Machine:
         self._attention = False
         self._paused_at = 0
         self._on_debug: DebugListener | None = None
-        self._engine = engines.create(self.engine_name, self.config.cpus)
+        self._engine = engines.create(self.engine_name, self.config.cpus, movable)
         self.clock = Clock(self._failed)
         try:
             with _NativeErrors(self._native):
@@ -287,12 +291,8 @@ class Machine:
                 return
             if self._state != "running":
                 raise ConfigError("machine-state", f"pause: this machine is {self._state}")
-            if any(cpu.thread is current_thread() for cpu in self._threads):
-                raise ConfigError("machine-state", "pause: called by a device of this machine")
-            self._state = "paused"
-            self._wake()
-            while not all(cpu.parked for cpu in self._threads):
-                self._lock.wait()
+            self._not_from_inside("pause")
+            self._stand("paused")
             self._paused_at = self._engine.host_tsc()
             self.clock.pause()
 
@@ -315,6 +315,53 @@ class Machine:
             self._state = "running"
             self._attention = self._wanted()
             self._lock.notify_all()
+
+    def switch_engine(self, name: str) -> None:
+        """Let another engine run the machine; returns when it does.
+
+        Registers, interrupt controllers and clocks go over, memory and devices stay. It
+        takes some milliseconds; the guest's time goes on meanwhile.
+
+        Args:
+            name: `kvm` or `translator`; nothing happens where that is the engine.
+        Raises:
+            ConfigError: no such engine, or the machine has ended.
+            EngineError: this host does not have that engine, or it cannot keep what the
+                guest was told of its processor (see `movable`). The machine goes on as
+                it was.
+        """
+        if name not in engines.AVAILABLE:
+            there = ", ".join(engines.AVAILABLE)
+            raise ConfigError("engine-unknown", f"engine: {name!r} is unknown; there are: {there}")
+        with self._lock:
+            if self._closed or self._state not in ("built", "running", "paused"):
+                raise ConfigError("machine-state", f"switch_engine: this machine is {self.status}")
+            self._not_from_inside("switch_engine")
+            running = self._state == "running"
+            if running:
+                self._stand("switching")
+                if self._state != "switching":
+                    raise ConfigError("machine-state", f"switch_engine: this machine is {self.status}")
+            try:
+                with _NativeErrors(self._native):
+                    self._engine.switch(name)
+                self.engine_name, self.engine_reason = name, "the machine was moved to it"
+            finally:
+                if running:
+                    self._state = "running"
+                    self._attention = self._wanted()
+                    self._lock.notify_all()
+
+    def _not_from_inside(self, call: str) -> None:
+        if any(cpu.thread is current_thread() for cpu in self._threads):
+            raise ConfigError("machine-state", f"{call}: called by a device of this machine")
+
+    def _stand(self, state: str) -> None:
+        """Go over to `state` and wait until all processors stand; the lock is held."""
+        self._state = state
+        self._wake()
+        while not all(cpu.parked for cpu in self._threads):
+            self._lock.wait()
 
     def stop(self) -> None:
         """End the run; any thread, any number of times. `close` lets go of the rest."""
@@ -343,7 +390,7 @@ class Machine:
 
     @property
     def status(self) -> str:
-        """`built`, `running`, `paused`, `ended` or `closed`."""
+        """`built`, `running`, `paused`, `switching` (a moment), `ended` or `closed`."""
         return "closed" if self._closed else self._state
 
     @property
@@ -515,13 +562,14 @@ class Machine:
         counts = cpu.counts = [0] * (max(getattr(native, name) for name in exits.NAMES) + 1)
         reply: int | bytes | None = None
         while True:
+            exit = None
             if self._attention:
-                complete(reply)
+                exit = complete(reply)
                 reply = None
-                if not self._park(cpu):
+                if exit is None and not self._park(cpu):
                     return
             # Plain accesses to devices are answered inside; what comes here is the rest.
-            kind, address, size, value = serve(dispatch, reply)
+            kind, address, size, value = exit or serve(dispatch, reply)
             counts[kind] += 1
             reply = None
             try:

@@ -73,6 +73,12 @@ FIGURES = {
         "engine.helpers.context": "XSAVE, XRSTOR, FXSAVE and their kin",
         "engine.helpers.other": "the rest",
     },
+    "engines": {
+        "engine.kvm_entries": "times that KVM was entered",
+        "engine.rescues": "times that the translator went on where KVM could not",
+        "engine.rescued_instructions": "instructions performed so",
+        "engine.switches": "moves to another engine, by processor",
+    },
     "devices": {
         "engine.port_accesses": "IN and OUT, interrupt controllers included",
         "engine.device_accesses": "loads and stores outside RAM, interrupt controllers included",
@@ -90,7 +96,7 @@ FIGURES = {
     },
     "time by part": {
         "time.total_ns": "processors running, all of what follows",
-        "time.guest_code_ns": "in translated code: the rest of the total",
+        "time.guest_code_ns": "in translated code or in KVM: the rest of the total",
         "time.translating_ns": "translating",
         "time.lookup_ns": "looking up blocks for jumps (sampled)",
         "time.tlb_ns": "misses of the TLB, page faults delivered there too (sampled)",

@@ -10,7 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from struct import pack
 
+import pytest
+
 from bunshin import Machine
+
+pytestmark = pytest.mark.usefixtures("each_engine")
 
 ENTRY, WORK = 0x10_0000, 0x20_0000
 BELOW, ABOVE = 0x20_0500, 0x30_0500

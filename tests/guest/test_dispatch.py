@@ -18,6 +18,8 @@ from bunshin import Device, EngineError, Machine
 from bunshin.bus import Bus
 from bunshin.engine import native
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 LOAD, PORT, GPA, RESULTS = 0x10_0000, 0xC00, 0xD000_0000, 0x18_0000
 POWER_OFF = b"\xba\x05\x06\x00\x00\xb0\x34\xee\xf4"  # mov edx,0x605; mov al,0x34; out dx,al; hlt
 ANSWER = 0x8877_6655_4433_2211

@@ -25,6 +25,8 @@ import pytest
 
 from bunshin import Machine
 
+pytestmark = pytest.mark.usefixtures("each_engine")
+
 LOAD = 0x10_0000
 END_OF_RAM = 32 << 20
 STACK, DATA, IDT, HANDLER = 0x16_0000, 0x18_0000, 0x18_1000, 0x18_2000
@@ -79,12 +81,14 @@ def build(tmp_path: Path) -> Callable[..., Machine]:
 
 
 @pytest.fixture
-def hostile(build: Callable[..., Machine]) -> Hostile:
+def hostile(build: Callable[..., Machine], request: pytest.FixtureRequest) -> Hostile:
     """Run a guest to its end, at most `timeout` seconds."""
 
     def run(guest: bytes | Segments, long: bool = False, timeout: float = 30) -> Run:
         with build(guest, long) as machine:
-            outcome = machine.run(timeout)
+            # A guest that is known to hang needs less to show it.
+            hangs = request.node.get_closest_marker("xfail") is not None
+            outcome = machine.run(min(timeout, 2) if hangs else timeout)
             assert outcome.kind in ENDS
             assert outcome.detail
             assert "panicked at" not in outcome.detail, outcome.detail
@@ -205,10 +209,12 @@ def test_a_guest_that_says_something(hostile: Hostile) -> None:
 
 
 @pytest.mark.parametrize("long", [False, True])
-def test_triple_fault_at_once(hostile: Hostile, long: bool) -> None:
+def test_triple_fault_at_once(hostile: Hostile, each_engine: str, long: bool) -> None:
     run = hostile(UD2, long)
     assert run.kind == "triple-fault"
-    assert f"exception 6 (error 0x0) at rip {LOAD:#x}" in run.detail
+    # KVM does not tell which exception it was.
+    told = {"translator": f"exception 6 (error 0x0) at rip {LOAD:#x}", "kvm": "processor 0 shut down"}
+    assert told[each_engine] in run.detail
 
 
 NOWHERES = (END_OF_RAM - 2, END_OF_RAM, NOWHERE, IOAPIC, LAPIC, 0xFFFF_FFF0, 0xFFFF_FFFF)
@@ -323,7 +329,8 @@ def test_every_port_is_written(hostile: Hostile) -> None:
         code = times(first, b"\x89\xca" + RANDOM + WRITE_PORTS + strings)
         code = b"\xbd" + u32(first) + code  # mov ebp,first
         with_data = {LOAD: esp(STACK) + code + THROUGH, DATA: random.Random(first).randbytes(64)}
-        run = hostile(with_data)
+        # Half a million exits; a KVM that emulates takes its time for what lies between.
+        run = hostile(with_data, timeout=180)
         if run.output.endswith(b"through\n"):
             break
         assert run.kind in ENDING.values()
@@ -393,10 +400,10 @@ def test_nonsense_in_msrs(hostile: Hostile, msr: int, value: int) -> None:
     hostile(esp(STACK) + wrmsr(msr, value) + after + THROUGH, long=True, timeout=2)
 
 
-def test_bit_63_of_cr3_is_reserved_without_pcids(hostile: Hostile) -> None:
+def test_bit_63_of_cr3_is_reserved_without_pcids(hostile: Hostile, each_engine: str) -> None:
     run = hostile(rax(PAGE_TABLES | 1 << 63) + to_cr(3) + THROUGH, long=True)
     assert run.kind == "triple-fault"
-    assert "exception 13" in run.detail
+    assert {"translator": "exception 13", "kvm": "shut down"}[each_engine] in run.detail
 
 
 def test_every_msr_range_read_and_written(hostile: Hostile) -> None:
@@ -648,8 +655,9 @@ class TestGarbage:
         assert resident() - TestGarbage.before < 50 * MIB
 
     @pytest.mark.parametrize("seed", range(25))
-    def test_64_bit(self, hostile: Hostile, seed: int) -> None:
+    def test_64_bit(self, hostile: Hostile, each_engine: str, seed: int) -> None:
         TestGarbage.before = TestGarbage.before or resident()
         run = hostile(survivor(seed), long=True, timeout=2)
-        assert run.stats["engine.exceptions"] > 1
+        if each_engine == "translator":
+            assert run.stats["engine.exceptions"] > 1
         assert resident() - TestGarbage.before < 50 * MIB

@@ -22,6 +22,26 @@ KINDS = SimpleNamespace(
 )  # fmt: skip
 
 
+NOTHING: dict[str, Any] = {
+    "refusal": None, "trouble": None, "machine": False, "long_mode": False, "instruction_ns": 0.0,
+    "cmpxchg16b": False, "xsave": None, "slots": 0, "cpus": 0, "took_us": 40,
+}  # fmt: skip
+RUNS = NOTHING | {"machine": True, "long_mode": True, "slots": 32764, "cpus": 1024}
+FIGURES: dict[str, dict[str, Any]] = {
+    "no node": NOTHING | {"refusal": "kvm-absent"},
+    "no permission": NOTHING | {"refusal": "kvm-permission"},
+    "another node": NOTHING | {"refusal": "kvm"},
+    "healthy": RUNS | {"instruction_ns": 0.34, "cmpxchg16b": True, "xsave": True, "took_us": 3900},
+    # A nested host of the emulating kind, as it was measured.
+    "emulated": RUNS | {
+        "instruction_ns": 553.2, "took_us": 4082,
+        "trouble": "KVM on this host cannot emulate an instruction at rip 0x8030 "
+        "(bytes f0 48 0f c7 0e 0f 94 c0 22 46 08 5b e6 82 e6)",
+    },
+}  # fmt: skip
+"""Figures of `_native.probe_kvm` on several kinds of host."""
+
+
 class FakeEngineError(Exception):
     """As `_native.EngineError`."""
 
@@ -125,16 +145,23 @@ class FakeVcpu:
 class FakeEngine:
     """RAM and a list of what happened on the interrupt lines."""
 
-    def __init__(self, native: FakeNative, name: str, cpus: int) -> None:
+    def __init__(self, native: FakeNative, name: str, cpus: int, movable: bool) -> None:
         if native.refuse:
             raise FakeEngineError("no-bmi2", "the host's processor lacks BMI2")
         self.native = native
         self.name = name
         self.cpus = cpus
+        self.movable = movable
         self.slots: list[tuple[int, FakeRegion, int]] = []
         self.levels: list[tuple[int, bool]] = []
         self.tsc = 0
         native.engines.append(self)
+
+    def switch(self, name: str) -> None:
+        assert all(vcpu.thread is None or not vcpu.running for vcpu in self.native.vcpus)
+        if not self.movable:
+            raise FakeEngineError("engine-switch", "the guest was told of AVX")
+        self.name = name
 
     def host_tsc(self) -> int:
         return self.tsc
@@ -202,8 +229,17 @@ class FakeNative:
     def perf_map(self, path: str, symbols: list[tuple[int, str]]) -> None:
         self.perf_maps.append((path, symbols))
 
-    def Engine(self, name: str, cpus: int = 1) -> FakeEngine:
-        return FakeEngine(self, name, cpus)
+    def probe_kvm(self) -> dict[str, Any]:
+        return FIGURES["no node"]
+
+    def Engine(self, name: str, cpus: int = 1, movable: bool = False) -> FakeEngine:
+        return FakeEngine(self, name, cpus, movable)
+
+
+@pytest.fixture
+def figures() -> dict[str, dict[str, Any]]:
+    """`FIGURES`."""
+    return FIGURES
 
 
 @pytest.fixture
@@ -211,6 +247,7 @@ def native(monkeypatch: pytest.MonkeyPatch) -> FakeNative:
     """The fake in the place of the native module."""
     fake = FakeNative()
     monkeypatch.setattr(engine, "native", lambda: fake)
+    monkeypatch.setattr(engine, "figures", fake.probe_kvm)
     return fake
 
 

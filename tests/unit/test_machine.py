@@ -255,6 +255,42 @@ def test_several_processors(native: Any, kernel: str) -> None:
     assert threading.active_count() == 1
 
 
+def test_moving_to_another_engine(native: Any, kernel: str) -> None:
+    native.guests = [idle, idle]
+    with Machine(kernel, cpus=2, movable=True) as machine:
+        machine.switch_engine("kvm")
+        machine.start()
+        machine.console.expect("ready", timeout=10)
+        assert (machine.engine_name, native.engines[0].name) == ("kvm", "kvm")
+        machine.switch_engine("translator")
+        assert machine.engine_reason == "the machine was moved to it"
+        assert machine.status == "running"
+        machine.pause()
+        machine.switch_engine("kvm")
+        assert machine.status == "paused"
+        native.engines[0].tsc += 500
+        machine.resume()
+        for cpu in range(2):
+            machine.cpu_registers(cpu)
+        assert [vcpu.skipped for vcpu in native.vcpus] == [[500], [500]]
+        with pytest.raises(ConfigError, match="'xen' is unknown; there are: kvm, translator"):
+            machine.switch_engine("xen")
+    with pytest.raises(ConfigError, match="this machine is closed"):
+        machine.switch_engine("kvm")
+
+
+def test_a_refused_move_leaves_the_machine_running(native: Any, kernel: str) -> None:
+    native.guests = [idle]
+    with Machine(kernel) as machine:
+        machine.start()
+        machine.console.expect("ready", timeout=10)
+        with pytest.raises(EngineError, match="the guest was told of AVX"):
+            machine.switch_engine("kvm")
+        assert (machine.status, machine.engine_name) == ("running", "translator")
+        machine.pause()
+        machine.resume()
+
+
 def test_processors_that_stand_still_do_not_wake_each_other(
     native: Any, kernel: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,7 +412,7 @@ def test_bad_configurations(native: Any, kernel: str) -> None:
         {},
         {"kernel": kernel, "image": "tiny"},
         {"kernel": kernel, "memory": "12Q"},
-        {"kernel": kernel, "engine": "kvm"},
+        {"kernel": kernel, "engine": "tcg"},
         {"kernel": kernel, "cpus": 0},
         {"image": "huge"},
         {"image": "tiny", "memory": "1M"},

@@ -1,8 +1,9 @@
 //! The boundary itself: [`Engine`], [`Vcpu`], [`Exit`], [`Reply`].
+use crate::chips::ChipsState;
 use crate::debug::{Debugging, Stop};
 use crate::error::{EngineError, Result};
 use crate::memory::Region;
-use crate::state::CpuState;
+use crate::state::{CpuState, Times};
 use std::sync::Arc;
 
 /// Why a virtual processor came back to its owner.
@@ -91,8 +92,10 @@ pub trait Vcpu: Send {
     /// Give the answer to the last exit and run until the next one. HLT waits
     /// inside.
     fn run(&mut self, reply: Reply) -> Exit;
-    /// Give the answer to the last exit without running on.
-    fn complete(&mut self, reply: Reply);
+    /// Give the answer to the last exit and finish its instruction, without running
+    /// on. An exit that comes back belongs to the same instruction and wants its
+    /// answer too; after None the state can be taken.
+    fn complete(&mut self, reply: Reply) -> Option<Exit>;
     /// Copy the state out; the last exit must be complete.
     fn state(&mut self) -> CpuState;
     /// Replace the state. A `tsc` of 0, an empty `lapic` and model-specific registers
@@ -110,6 +113,11 @@ pub trait Vcpu: Send {
     fn executed(&self) -> u64 {
         0
     }
+    /// The clocks as they go on this host. What another processor of this host is given
+    /// goes on where this one stands, to the tick.
+    fn times(&mut self) -> Times;
+    /// Replace the clocks.
+    fn set_times(&mut self, times: &Times);
     /// Take `ticks` of the host's time-stamp counter out of the guest's time: its
     /// counter goes back by so many, and the guest's other clocks and timers that
     /// the engine keeps go with it. Done alike to all processors of a machine after
@@ -158,6 +166,12 @@ pub trait Engine: Send + Sync {
         let _ = ns;
         Err(EngineError::new("time", "this engine's time cannot be scripted"))
     }
+    /// The interrupt controllers and the PIT, while all processors stand still. The
+    /// local APICs are part of the processors' states and left out.
+    fn chips(&self) -> Result<ChipsState>;
+    /// Replace the interrupt controllers and the PIT, before the processors get their
+    /// states. Levels come back without edges.
+    fn set_chips(&self, chips: &ChipsState) -> Result<()>;
     /// Ticks of the guest's time-stamp counter in a second.
     fn tsc_hz(&self) -> u64;
     /// The host's time-stamp counter, which [`Vcpu::skip_time`] counts in.

@@ -5,9 +5,11 @@
 
 pub mod chips;
 pub mod clock;
+pub mod cpuid;
 pub mod debug;
 pub mod engine;
 pub mod error;
+pub mod kick;
 pub mod memory;
 pub mod panics;
 pub mod state;
@@ -15,4 +17,4 @@ pub mod state;
 pub use engine::{Engine, Exit, Kicker, Reply, Vcpu};
 pub use error::{EngineError, Result};
 pub use memory::{GuestMemory, Region};
-pub use state::CpuState;
+pub use state::{CpuState, Times};

@@ -25,6 +25,42 @@ pub struct Table {
     pub limit: u16,
 }
 
+/// What kind of event waits to be delivered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EventKind {
+    /// An external interrupt that its controller has handed over.
+    Interrupt,
+    /// A non-maskable interrupt.
+    Nmi,
+    /// A fault or trap, with its error code where the vector has one. CR2 and DR6 tell
+    /// of it already.
+    Exception,
+}
+
+/// An event that was on its way to its handler when the state was copied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// What it is.
+    pub kind: EventKind,
+    /// Index into the interrupt descriptor table.
+    pub vector: u8,
+    /// Error code.
+    pub error: Option<u32>,
+}
+
+/// A processor's clocks, counted on the host's time-stamp counter: of no use on
+/// another host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Times {
+    /// The guest's time-stamp counter less the host's.
+    pub tsc_offset: u64,
+    /// The guest's system time (kvmclock), nanoseconds.
+    pub system_ns: u64,
+    /// The host's time-stamp counter at that time.
+    pub at: u64,
+}
+
 /// Registers, segments, control and model-specific registers, FPU and vector
 /// state, local APIC and pending events of one virtual processor.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,6 +114,12 @@ pub struct CpuState {
     /// The processor does nothing before a start-up IPI.
     #[serde(default)]
     pub waits_for_sipi: bool,
+    /// An NMI that waits until it may be delivered.
+    #[serde(default)]
+    pub nmi_pending: bool,
+    /// An event to deliver before the next instruction.
+    #[serde(default)]
+    pub event: Option<Event>,
 }
 
 /// Index into [`CpuState::segments`].

@@ -2,6 +2,8 @@
 use crate::region::Region;
 use crate::vcpu::Vcpu;
 use crate::{raise, refuse};
+use bunshin_core::Engine as _;
+use bunshin_engines::{Machine, Name};
 use bunshin_translator::Plant;
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
@@ -12,7 +14,7 @@ use std::sync::Arc;
 /// Processors, memory map and interrupt controllers of one machine.
 #[pyclass(frozen, module = "bunshin._native")]
 pub struct Engine {
-    inner: Arc<dyn bunshin_core::Engine>,
+    inner: Arc<Machine>,
 }
 
 fn not_ram(what: &str, gpa: u64, length: usize) -> PyErr {
@@ -22,32 +24,27 @@ fn not_ram(what: &str, gpa: u64, length: usize) -> PyErr {
 #[pymethods]
 impl Engine {
     #[new]
-    #[pyo3(signature = (name, cpus = 1, plant = None))]
-    fn new(py: Python<'_>, name: &str, cpus: u32, plant: Option<&str>) -> PyResult<Self> {
-        match name {
-            "translator" => {
-                let engine = py.allow_threads(|| bunshin_translator::TranslatorEngine::new(cpus));
-                let engine = engine.map_err(raise)?;
-                if let Some(plant) = plant {
-                    let Some((_, plant)) = Plant::ALL.iter().find(|(n, _)| *n == plant) else {
-                        return Err(refuse("plant", format!("the translator cannot do {plant:?} wrong")));
-                    };
-                    engine.plant(*plant);
-                }
-                Ok(Self { inner: engine })
-            }
-            "direct" => {
-                let engine =
-                    py.allow_threads(|| bunshin_translator::TranslatorEngine::new(cpus)).map_err(raise)?;
-                py.allow_threads(|| engine.run_directly(bunshin_translator::Choice::Profile))
-                    .map_err(raise)?;
-                Ok(Self { inner: engine })
-            }
-            _ => Err(refuse(
-                "engine-name",
-                format!("there is no engine {name:?}, expected \"translator\" or \"direct\""),
-            )),
+    #[pyo3(signature = (name, cpus = 1, plant = None, movable = false))]
+    fn new(py: Python<'_>, name: &str, cpus: u32, plant: Option<&str>, movable: bool) -> PyResult<Self> {
+        let direct = name == "direct";
+        let name = if direct { Name::Translator } else { Name::parse(name).map_err(raise)? };
+        let inner = py.allow_threads(|| Machine::new(name, cpus, movable)).map_err(raise)?;
+        if direct {
+            py.allow_threads(|| inner.run_directly()).map_err(raise)?;
         }
+        if let Some(plant) = plant {
+            let Some((_, plant)) = Plant::ALL.iter().find(|(n, _)| *n == plant) else {
+                return Err(refuse("plant", format!("the translator cannot do {plant:?} wrong")));
+            };
+            inner.plant(*plant).map_err(raise)?;
+        }
+        Ok(Self { inner })
+    }
+
+    /// Let the engine `name` run the machine from now on.
+    fn switch(&self, py: Python<'_>, name: &str) -> PyResult<()> {
+        let name = Name::parse(name).map_err(raise)?;
+        py.allow_threads(|| self.inner.switch(name)).map_err(raise)
     }
 
     #[getter]

@@ -55,6 +55,24 @@ fn host_features(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(features)
 }
 
+/// Figures of what KVM on this host is worth, by name; from a throwaway machine.
+#[pyfunction]
+fn probe_kvm(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let f = py.allow_threads(bunshin_kvm::probe::measure);
+    let figures = PyDict::new(py);
+    figures.set_item("refusal", f.refusal)?;
+    figures.set_item("trouble", f.trouble)?;
+    figures.set_item("machine", f.machine)?;
+    figures.set_item("long_mode", f.long_mode)?;
+    figures.set_item("instruction_ns", f.instruction_ns)?;
+    figures.set_item("cmpxchg16b", f.cmpxchg16b)?;
+    figures.set_item("xsave", f.xsave)?;
+    figures.set_item("slots", f.slots)?;
+    figures.set_item("cpus", f.cpus)?;
+    figures.set_item("took_us", f.took_us)?;
+    Ok(figures)
+}
+
 /// Write names of translated code for perf to `path`, for the whole process.
 #[pyfunction]
 fn perf_map(py: Python<'_>, path: PathBuf, symbols: Vec<(u64, String)>) -> PyResult<()> {
@@ -86,5 +104,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(tsc_hz, module)?)?;
     module.add_function(wrap_pyfunction!(disassemble, module)?)?;
     module.add_function(wrap_pyfunction!(perf_map, module)?)?;
+    module.add_function(wrap_pyfunction!(probe_kvm, module)?)?;
     module.add_function(wrap_pyfunction!(host_features, module)?)
 }

@@ -129,6 +129,16 @@ impl Processor {
     }
 }
 
+/// An answer to any exit.
+fn zeros(exit: &Exit) -> Reply {
+    match *exit {
+        Exit::PioIn { size, count, .. } if count > 1 => {
+            Reply::Bytes(vec![0; usize::from(size) * count as usize])
+        }
+        _ => Reply::Value(0),
+    }
+}
+
 fn panicked(why: String) -> PyErr {
     refuse("engine-panic", why)
 }
@@ -336,22 +346,38 @@ impl Vcpu {
                     self.times.leave(entered, &Exit::Kicked);
                     let mut processor = self.lock()?;
                     processor.wants = Wants::Nothing;
-                    processor.call(|vcpu| vcpu.complete(Reply::Value(0))).map_err(panicked)?;
+                    // Whatever else the instruction wants meets the same device's end.
+                    processor
+                        .call(|vcpu| {
+                            let mut next = vcpu.complete(Reply::Value(0));
+                            while let Some(exit) = next {
+                                next = vcpu.complete(zeros(&exit));
+                            }
+                        })
+                        .map_err(panicked)?;
                     return Err(error);
                 }
             }
         }
     }
 
-    /// Answer the last exit without running on.
+    /// Answer the last exit and finish its instruction without running on.
     #[pyo3(signature = (reply = None))]
-    fn complete(&self, reply: Option<&Bound<'_, PyAny>>) -> PyResult<()> {
+    fn complete<'py>(
+        &self,
+        py: Python<'py>,
+        reply: Option<&Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
         self.times.enter();
         let mut processor = self.lock()?;
         processor.on_its_thread(self.index)?;
         let reply = processor.reply(reply)?;
         processor.wants = Wants::Nothing;
-        processor.call(|vcpu| vcpu.complete(reply)).map_err(panicked)
+        let exit = processor.call(|vcpu| vcpu.complete(reply)).map_err(panicked)?;
+        if let Some(exit) = &exit {
+            processor.wants = Wants::after(exit);
+        }
+        exit.map(|exit| exit_tuple(py, exit)).transpose()
     }
 
     /// The architectural state: the fields of CpuState by name.

@@ -2,6 +2,7 @@
 //! hypervisor's leaves that tell the TSC rate (KVM's interface, which Linux
 //! reads without calibration).
 use crate::vcpu::Vcpu;
+use bunshin_core::cpuid::{find, Leaf};
 use std::arch::x86_64::__cpuid_count;
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -15,11 +16,32 @@ pub type Regs = [u32; 4];
 /// CPUID.80000001H:ECX: topology leaves 8000001D and 8000001E.
 const TOPOEXT: u32 = 22;
 
+/// What the processors of a machine answer.
 pub struct Table {
     cpus: u32,
     max: u32,
     max_ext: u32,
+    /// What another engine can offer, where the guest is to move to it.
+    other: Option<Vec<Leaf>>,
 }
+
+/// What answers depend on besides the table.
+struct Asked {
+    id: u32,
+    osxsave: bool,
+    apic: bool,
+    xcr0: u64,
+}
+
+/// CPUID.1:ECX: XSAVE, and what the table always says itself: OSXSAVE, a hypervisor.
+const XSAVE: u32 = 26;
+const OSXSAVE: u32 = 27;
+const HYPERVISOR: u32 = 31;
+/// CPUID.1:EDX: APIC (while it is on), several processors in a package.
+const APIC: u32 = 9;
+const HTT: u32 = 28;
+/// CPUID.80000001H:ECX: the same for AMD's.
+const CMP_LEGACY: u32 = 1;
 
 /// The host's answer. A hypervisor below us may make CPUID slow, so each is
 /// asked once; no leaf that is passed on has as many as 64 parts.
@@ -42,7 +64,38 @@ impl Table {
     pub fn new(cpus: u32) -> Self {
         let max = host(0, 0)[0].min(0x16);
         let max_ext = host(0x8000_0000, 0)[0].min(0x8000_0021);
-        Self { cpus, max, max_ext }
+        Self { cpus, max, max_ext, other: None }
+    }
+
+    /// The table without what another engine, which supports `leaves`, does not have.
+    pub fn limited(self, leaves: Vec<Leaf>) -> Self {
+        Self { other: Some(leaves), ..self }
+    }
+
+    /// Everything that processor `id` answers after RESET#.
+    pub fn leaves(&self, id: u32) -> Vec<Leaf> {
+        let asked = Asked { id, osxsave: false, apic: true, xcr0: 1 };
+        let mut list = Vec::new();
+        let hypervisor = [0x4000_0000, 0x4000_0001, 0x4000_0010];
+        for leaf in (0..=self.max).chain(hypervisor).chain(0x8000_0000..=self.max_ext) {
+            let subs = match leaf {
+                4 | 0x8000_001d => 5,
+                7 => 2,
+                0xb => 3,
+                0xd => 63,
+                _ => 0,
+            };
+            if subs == 0 {
+                list.push(Leaf { leaf, sub: None, regs: self.answer(leaf, 0, &asked) });
+            }
+            for sub in 0..subs {
+                let regs = self.answer(leaf, sub, &asked);
+                if sub < 2 || regs != [0; 4] {
+                    list.push(Leaf { leaf, sub: Some(sub), regs });
+                }
+            }
+        }
+        list
     }
 
     /// Bits of an APIC ID that tell the processors apart; each is a core of its own
@@ -68,9 +121,51 @@ impl Table {
     }
 
     /// One leaf as processor `v` answers it.
-    pub fn get(&self, leaf: u32, sub: u32, v: &Vcpu) -> Regs {
-        let id = v.index;
+    pub(crate) fn get(&self, leaf: u32, sub: u32, v: &Vcpu) -> Regs {
         let c = v.cpu();
+        // The answer costs a lock, and only one leaf tells it.
+        let apic = leaf != 1 || v.chips_enabled();
+        let asked = Asked { id: v.index, osxsave: c.cr4 & (1 << 18) != 0, apic, xcr0: c.xcr0 };
+        self.answer(leaf, sub, &asked)
+    }
+
+    fn answer(&self, leaf: u32, sub: u32, asked: &Asked) -> Regs {
+        let own = self.own(leaf, sub, asked);
+        let Some(other) = &self.other else { return own };
+        let has = find(other, leaf, sub);
+        let both = |n: usize, always: &[u32]| own[n] & (has[n] | bits(always));
+        match (leaf, sub) {
+            (1, _) => {
+                let ecx = both(2, &[OSXSAVE, HYPERVISOR]);
+                [own[0], own[1], ecx, both(3, &[APIC, HTT])]
+            }
+            (7, 0) => [own[0], both(1, &[]), both(2, &[]), both(3, &[])],
+            (7, _) | (0x8000_0021 | 0x4000_0001, _) => [both(0, &[]), own[1], own[2], own[3]],
+            (0xd, _) if find(other, 1, 0)[2] >> XSAVE & 1 == 0 => [0; 4],
+            (0xd, 1) => [both(0, &[]), own[1], own[2], own[3]],
+            (0x8000_0001, _) => [own[0], own[1], both(2, &[CMP_LEGACY]), both(3, &[])],
+            (0x8000_0008, _) => {
+                let physical = (own[0] & 0xff).min(has[0] & 0xff).max(36);
+                [own[0] & !0xff | physical, own[1], own[2], own[3]]
+            }
+            _ => own,
+        }
+    }
+
+    /// The XSAVE components that are offered.
+    fn components(&self) -> u64 {
+        let mask = crate::host::xsave_mask();
+        match &self.other {
+            Some(other) => {
+                let d = find(other, 0xd, 0);
+                mask & (u64::from(d[3]) << 32 | u64::from(d[0]))
+            }
+            None => mask,
+        }
+    }
+
+    fn own(&self, leaf: u32, sub: u32, asked: &Asked) -> Regs {
+        let id = asked.id;
         match leaf {
             0 => {
                 let h = host(0, 0);
@@ -80,13 +175,12 @@ impl Table {
                 let h = host(1, 0);
                 let mut ecx = h[2] & bits(&[0, 1, 9, 12, 13, 17, 19, 20, 22, 23, 25, 26, 28, 29, 30]);
                 ecx |= bits(&[17, 21, 24, 31]); // PCID, x2APIC, TSC deadline, hypervisor
-                if c.cr4 & (1 << 18) != 0 {
-                    ecx |= 1 << 27;
+                if asked.osxsave {
+                    ecx |= 1 << OSXSAVE;
                 }
                 let mut edx = h[3] & !bits(&[7, 14, 18, 21, 22, 27, 29, 30, 31]);
                 edx = (edx & !(1 << 28)) | 1 << 9 | if self.cpus > 1 { 1 << 28 } else { 0 };
-                let apic_on = v.chips_enabled();
-                if !apic_on {
+                if !asked.apic {
                     edx &= !(1 << 9);
                 }
                 [h[0], (h[1] & 0xff00) | (self.ids() << 16) | (id << 24), ecx, edx]
@@ -121,7 +215,7 @@ impl Table {
                 1 => [self.id_bits().max(1), self.cpus, 0x201, id],
                 _ => [0, 0, sub, id],
             },
-            0xd => self.xsave(sub, v),
+            0xd => self.xsave(sub, asked.xcr0),
             0x15 => {
                 // crystal of 1 GHz would need a ratio; give kHz through leaf 16 and KVM's
                 let hz = bunshin_core::clock::tsc_hz();
@@ -176,8 +270,8 @@ impl Table {
     }
 
     /// Leaf 0xD: sizes for the components that are offered.
-    fn xsave(&self, sub: u32, v: &Vcpu) -> Regs {
-        let mask = crate::host::xsave_mask();
+    fn xsave(&self, sub: u32, xcr0: u64) -> Regs {
+        let mask = self.components();
         match sub {
             0 => {
                 let size = |m: u64| {
@@ -191,12 +285,11 @@ impl Table {
                         .unwrap_or(0)
                         .max(576)
                 };
-                [mask as u32, size(v.cpu().xcr0), size(mask), (mask >> 32) as u32]
+                [mask as u32, size(xcr0), size(mask), (mask >> 32) as u32]
             }
             1 => {
                 // XSAVEOPT, XSAVEC, XGETBV(1), XSAVES
                 let h = host(0xd, 1);
-                let xcr0 = v.cpu().xcr0;
                 let mut size = 576;
                 for n in 2..63 {
                     if xcr0 & (1 << n) != 0 {

@@ -6,10 +6,10 @@ use crate::pages::{Pages, MAX_CPUS};
 use crate::shared::{Crew, Order, Shared};
 use crate::vcpu::{Effort, Vcpu as Cpu};
 use crate::{cpuid, host};
-use bunshin_core::chips::Chips;
+use bunshin_core::chips::{Chips, ChipsState};
 use bunshin_core::debug::Debugging;
 use bunshin_core::{
-    clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Vcpu,
+    clock, CpuState, Engine, EngineError, Exit, GuestMemory, Kicker, Region, Reply, Result, Times, Vcpu,
 };
 use std::sync::atomic::{fence, AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -51,6 +51,11 @@ impl TranslatorEngine {
 
     /// An engine that takes the code that `effort` says for hot.
     pub fn with(cpus: u32, effort: Effort) -> Result<Arc<Self>> {
+        Self::of(cpus, effort, Arc::new(cpuid::Table::new(cpus)))
+    }
+
+    /// An engine whose processors answer CPUID by `cpuid`, which is made for as many.
+    pub fn of(cpus: u32, effort: Effort, cpuid: Arc<cpuid::Table>) -> Result<Arc<Self>> {
         let missing: Vec<_> = host::features()
             .into_iter()
             .filter(|(n, on)| !on && host::REQUIRED.contains(n))
@@ -78,7 +83,7 @@ impl TranslatorEngine {
         let engine = Arc::new(Self {
             memory: GuestMemory::new(),
             chips: Chips::new(cpus, clock::tsc_hz(), kick),
-            cpuid: Arc::new(cpuid::Table::new(cpus)),
+            cpuid,
             crew,
             taken: Mutex::new(vec![false; cpus as usize]),
             doorbells: Arc::default(),
@@ -100,6 +105,47 @@ impl TranslatorEngine {
         crate::direct::probe()?;
         *self.direct.lock().unwrap() = Some(choice);
         Ok(())
+    }
+
+    /// Take a processor; as `Engine::vcpu`, for those who need to know that it is the
+    /// translator's.
+    ///
+    /// # Errors
+    /// There is no such processor, it is taken, or the host gives no memory.
+    pub fn processor(&self, index: u32) -> Result<TranslatorVcpu> {
+        let mut taken = self.taken.lock().unwrap();
+        match taken.get_mut(index as usize) {
+            None => return Err(EngineError::new("cpus", format!("there is no processor {index}"))),
+            Some(t) if *t => {
+                return Err(EngineError::new("cpus", format!("processor {index} is taken already")))
+            }
+            Some(t) => *t = true,
+        }
+        let mut v = Cpu::new(
+            index,
+            Phys::new(self.memory.slots(), &self.crew),
+            self.chips.clone(),
+            self.cpuid.clone(),
+            self.crew.clone(),
+        )?;
+        v.doorbells = self.doorbells.clone();
+        v.gate = self.a20.clone();
+        v.effort = self.effort;
+        v.plant = *self.plant.lock().unwrap();
+        v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
+        if let Some(choice) = *self.direct.lock().unwrap() {
+            let files = self.memory.slots().iter().map(|s| s.region().share()).collect::<Result<_>>()?;
+            v.direct = Some(Box::new(Direct::new(files, choice)));
+        }
+        Ok(TranslatorVcpu(v))
+    }
+
+    /// Forget everything that was made of guest memory: another engine had it.
+    pub fn forget(&self) {
+        for s in (0..MAX_CPUS).filter_map(|n| self.crew.get(n)) {
+            s.order_all();
+            s.poke();
+        }
     }
 
     /// Let every processor taken from now on keep the arithmetic flags after
@@ -142,31 +188,7 @@ impl Engine for TranslatorEngine {
     }
 
     fn vcpu(&self, index: u32) -> Result<Box<dyn Vcpu>> {
-        let mut taken = self.taken.lock().unwrap();
-        match taken.get_mut(index as usize) {
-            None => return Err(EngineError::new("cpus", format!("there is no processor {index}"))),
-            Some(t) if *t => {
-                return Err(EngineError::new("cpus", format!("processor {index} is taken already")))
-            }
-            Some(t) => *t = true,
-        }
-        let mut v = Cpu::new(
-            index,
-            Phys::new(self.memory.slots(), &self.crew),
-            self.chips.clone(),
-            self.cpuid.clone(),
-            self.crew.clone(),
-        )?;
-        v.doorbells = self.doorbells.clone();
-        v.gate = self.a20.clone();
-        v.effort = self.effort;
-        v.plant = *self.plant.lock().unwrap();
-        v.exact_flags = self.exact_flags.load(Ordering::Relaxed);
-        if let Some(choice) = *self.direct.lock().unwrap() {
-            let files = self.memory.slots().iter().map(|s| s.region().share()).collect::<Result<_>>()?;
-            v.direct = Some(Box::new(Direct::new(files, choice)));
-        }
-        Ok(Box::new(Handle(v)))
+        Ok(Box::new(self.processor(index)?))
     }
 
     fn map(&self, gpa: u64, region: &Arc<Region>, offset: u64, length: u64, readonly: bool) -> Result<()> {
@@ -247,6 +269,14 @@ impl Engine for TranslatorEngine {
         Ok(())
     }
 
+    fn chips(&self) -> Result<ChipsState> {
+        Ok(ChipsState { lapics: Vec::new(), ..self.chips.state() })
+    }
+
+    fn set_chips(&self, chips: &ChipsState) -> Result<()> {
+        self.chips.set_state(chips).map_err(|what| EngineError::new("state", what))
+    }
+
     fn tsc_hz(&self) -> u64 {
         clock::tsc_hz()
     }
@@ -256,19 +286,21 @@ impl Engine for TranslatorEngine {
     }
 }
 
-struct Handle(Box<Cpu>);
+/// A processor in software.
+pub struct TranslatorVcpu(pub(crate) Box<Cpu>);
 
-impl Vcpu for Handle {
+impl Vcpu for TranslatorVcpu {
     fn run(&mut self, reply: Reply) -> Exit {
+        self.0.foreign = false;
         self.0.run(reply)
     }
 
-    fn complete(&mut self, reply: Reply) {
-        self.0.complete(reply);
+    fn complete(&mut self, reply: Reply) -> Option<Exit> {
+        self.0.complete(reply)
     }
 
     fn state(&mut self) -> CpuState {
-        self.0.state()
+        self.0.visit(Cpu::state)
     }
 
     fn set_state(&mut self, state: &CpuState) -> Result<()> {
@@ -283,6 +315,14 @@ impl Vcpu for Handle {
 
     fn executed(&self) -> u64 {
         self.0.executed + u64::from(self.0.cpu().begun)
+    }
+
+    fn times(&mut self) -> Times {
+        self.0.guest_times()
+    }
+
+    fn set_times(&mut self, times: &Times) {
+        self.0.visit(|v| v.set_guest_times(times));
     }
 
     fn skip_time(&mut self, ticks: u64) {

@@ -3,8 +3,9 @@
 //! kvmclock (MSRs 4B564D00, 4B564D01; Linux Documentation/virt/kvm/x86/msr.rst)
 //! gives the guest its TSC rate and the time of day without calibration.
 use crate::mmu::canonical;
+use crate::shared::Moment;
 use crate::vcpu::Vcpu;
-use bunshin_core::clock;
+use bunshin_core::{clock, Times};
 use std::sync::atomic::{fence, Ordering};
 
 pub const EFER: u32 = 0xc000_0080;
@@ -205,6 +206,20 @@ impl Vcpu {
         self.write_kvm_clock();
     }
 
+    /// As `bunshin_core::Vcpu::times`.
+    pub fn guest_times(&self) -> Times {
+        Times { tsc_offset: self.cpu().tsc_offset, system_ns: self.start.system_ns, at: self.start.tsc }
+    }
+
+    /// As `bunshin_core::Vcpu::set_times`.
+    pub fn set_guest_times(&mut self, times: &Times) {
+        let clock = &self.chips.clock;
+        let ago = ns_of(clock.tsc().saturating_sub(times.at));
+        let now = clock.now_ns();
+        self.start = Moment { tsc: times.at, ns: now.saturating_sub(ago), system_ns: times.system_ns };
+        self.set_tsc_offset(times.tsc_offset);
+    }
+
     /// As `bunshin_core::Vcpu::skip_time`.
     pub fn skip_time(&mut self, ticks: u64) {
         // The guest's counter and its system time go on where they were, so what
@@ -251,10 +266,13 @@ impl Vcpu {
         let mul = ((1_000_000_000u128 << 32) / u128::from(rate)).min(u128::from(u32::MAX)) as u32;
         // One moment for all processors: the guest may read any one's structure.
         let tsc = self.start.tsc.wrapping_add(self.cpu().tsc_offset);
-        let version = self.clock_version.wrapping_add(2);
-        self.clock_version = version;
+        // Another engine may have written it before.
+        // SAFETY: an aligned word of guest memory.
+        let before = self.phys.host(msr & !3).map_or(0, |at| unsafe { (at as *const u32).read_volatile() });
+        let version = (before | 1).wrapping_add(3);
         let mut b = [0u8; 32];
         b[8..16].copy_from_slice(&tsc.to_le_bytes());
+        b[16..24].copy_from_slice(&self.start.system_ns.to_le_bytes());
         b[24..28].copy_from_slice(&mul.to_le_bytes());
         b[28] = shift as u8;
         // The counters of all processors agree.
@@ -271,7 +289,7 @@ impl Vcpu {
     /// struct pvclock_wall_clock: time of day at system time zero.
     fn write_wall_clock(&mut self, gpa: u64) {
         let clock = &self.chips.clock;
-        let start = clock.wall_ns() - clock.now_ns().saturating_sub(self.start.ns);
+        let start = clock.wall_ns() - clock.now_ns().saturating_sub(self.start.ns) - self.start.system_ns;
         let mut b = [0u8; 16];
         b[0..4].copy_from_slice(&2u32.to_le_bytes());
         b[4..8].copy_from_slice(&((start / 1_000_000_000) as u32).to_le_bytes());

@@ -139,6 +139,12 @@ impl Shared {
         self.ordered.store(true, Ordering::Release);
     }
 
+    /// Order to drop everything that was made of memory.
+    pub fn order_all(&self) {
+        *lock(&self.orders) = Orders { list: Vec::new(), all: true };
+        self.ordered.store(true, Ordering::Release);
+    }
+
     /// Take the orders left so far.
     pub fn take_orders(&self) -> Option<Orders> {
         if !self.ordered.load(Ordering::Acquire) {
@@ -173,6 +179,8 @@ pub struct Moment {
     pub tsc: u64,
     /// CLOCK_MONOTONIC, nanoseconds.
     pub ns: u64,
+    /// The guest's system time then, nanoseconds.
+    pub system_ns: u64,
 }
 
 impl Moment {
@@ -184,7 +192,7 @@ impl Moment {
             let after = clock::rdtsc();
             (
                 after.wrapping_sub(before),
-                Self { tsc: before.wrapping_add(after.wrapping_sub(before) / 2), ns },
+                Self { tsc: before.wrapping_add(after.wrapping_sub(before) / 2), ns, system_ns: 0 },
             )
         };
         let (_, best) = (0..8).map(|_| look()).min_by_key(|l| l.0).unwrap_or_else(look);

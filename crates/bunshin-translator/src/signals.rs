@@ -43,31 +43,12 @@ fn inside(pc: u64) -> bool {
         .any(|i| pc >= FROM[i].load(Ordering::Acquire) && pc < TO[i].load(Ordering::Acquire))
 }
 
-/// The signal that kicks a processor's thread.
-fn kick_signal() -> i32 {
-    libc::SIGRTMIN() + 5
-}
-
 /// The signal that samples a processor's thread.
 fn sample_signal() -> i32 {
     libc::SIGRTMIN() + 6
 }
 
-pub fn thread_id() -> u32 {
-    thread_local! {
-        static ID: u32 = {
-            // SAFETY: no arguments.
-            unsafe { libc::gettid() as u32 }
-        };
-    }
-    ID.with(|i| *i)
-}
-
-/// Send the kick to a thread of this process.
-pub fn kick(thread: u32) {
-    // SAFETY: a signal with a handler; a thread that has gone gives ESRCH.
-    unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), thread as i32, kick_signal()) };
-}
+pub use bunshin_core::kick::{send as kick, signal as kick_signal, thread_id};
 
 fn cpu_of_gs() -> *mut Cpu {
     let base: u64;

@@ -1,8 +1,9 @@
 //! Architectural state in and out, and reset.
 use crate::cpu::*;
+use crate::mmu::{Exception, PF_};
 use crate::msr::SAVED;
 use crate::vcpu::{Owed, Vcpu};
-use bunshin_core::state::{Segment, Table};
+use bunshin_core::state::{Event, EventKind, Segment, Table};
 use bunshin_core::{CpuState, EngineError, Result};
 
 fn out(s: &Seg, base: u64) -> Segment {
@@ -101,7 +102,14 @@ impl Vcpu {
         self.switch_address_space(true);
     }
 
+    /// Copy the state. What INIT and start-up IPIs have come are taken before.
     pub fn state(&mut self) -> CpuState {
+        if self.chips.starting(self.index) {
+            self.start_up();
+        }
+        let nmi_pending = self.chips.nmi(self.index);
+        let event =
+            self.deferred.map(|e| Event { kind: EventKind::Exception, vector: e.vector, error: e.error });
         let lapic = self.chips.lapic_page(self.index);
         let cr8 = self.chips.cr8(self.index);
         let mut msrs: Vec<(u32, u64)> = SAVED.iter().filter_map(|&n| Some((n, self.read_msr(n)?))).collect();
@@ -126,7 +134,7 @@ impl Vcpu {
             gdt: Table { base: c.gdt_base, limit: c.gdt_limit as u16 },
             idt: Table { base: c.idt_base, limit: c.idt_limit as u16 },
             cr0: c.cr0,
-            cr2: c.cr2,
+            cr2: self.deferred.filter(|e| e.vector == PF_).and_then(|e| e.address).unwrap_or(c.cr2),
             cr3: c.cr3,
             cr4: c.cr4,
             cr8,
@@ -140,6 +148,19 @@ impl Vcpu {
             interrupt_shadow: c.shadow != 0,
             nmi_blocked: c.nmi_blocked != 0,
             waits_for_sipi: self.chips.waits_for_sipi(self.index),
+            nmi_pending,
+            event: event.or(self.incoming),
+        }
+    }
+
+    /// Go to the handler of an event that came with a state.
+    pub fn take_event(&mut self, e: &Event) {
+        self.cpu_mut().halted = 0;
+        match e.kind {
+            EventKind::Interrupt | EventKind::Nmi => self.interrupt_now(e.vector),
+            EventKind::Exception => {
+                self.deliver(Exception { vector: e.vector, error: e.error, address: None });
+            }
         }
     }
 
@@ -158,6 +179,9 @@ impl Vcpu {
         self.outbox.clear();
         self.owed = None::<Owed>;
         self.left = None;
+        self.deferred = None;
+        self.waiting = None;
+        self.incoming = s.event;
         self.look = true;
         self.fatal = None;
         let c = self.cpu_mut();
@@ -224,6 +248,7 @@ impl Vcpu {
         }
         self.chips.set_cr8(self.index, s.cr8 & 15);
         self.chips.set_waits_for_sipi(self.index, s.waits_for_sipi);
+        self.chips.set_nmi_pending(self.index, s.nmi_pending);
         if s.tsc != 0 {
             let offset = s.tsc.wrapping_sub(self.chips.clock.tsc());
             self.set_tsc_offset(offset);

@@ -16,6 +16,7 @@ use crate::stubs::Stubs;
 use crate::translate::{Lesson, Scratch, Version};
 use crate::{asm::Asm, perf_map, signals};
 use bunshin_core::chips::Chips;
+use bunshin_core::state::Event;
 use bunshin_core::{clock, panics, Exit, Reply, Result};
 use iced_x86::{Instruction, InstructionInfoFactory, Mnemonic as M};
 use std::collections::VecDeque;
@@ -160,6 +161,10 @@ pub struct Vcpu {
     pub owed: Option<Owed>,
     /// Where the last exit left translated code.
     pub left: Option<Left>,
+    /// Came with a state, to be delivered before the next instruction.
+    pub incoming: Option<Event>,
+    /// The interrupt controllers are another engine's: accesses to them are the owner's.
+    pub foreign: bool,
     /// Look for events at the next run, whatever `eventful` says.
     pub look: bool,
     pub fatal: Option<Exit>,
@@ -174,8 +179,6 @@ pub struct Vcpu {
     pub saved: u64,
     /// When the guest's system time is zero.
     pub start: Moment,
-    /// Version of the structure that kvmclock tells it by.
-    pub clock_version: u32,
     pub doorbells: Arc<Mutex<Vec<crate::engine::Doorbell>>>,
     /// Translate as if every arithmetic flag were read.
     pub exact_flags: bool,
@@ -277,7 +280,7 @@ impl Vcpu {
         let shared = Arc::new(Shared::new(pending, !crew.single()));
         crew.join(index, shared.clone());
         let clock = &chips.clock;
-        let scripted = Moment { tsc: clock.tsc(), ns: clock.now_ns() };
+        let scripted = Moment { tsc: clock.tsc(), ns: clock.now_ns(), system_ns: 0 };
         let start = if clock.script().is_some() { scripted } else { crew.start };
         let mut v = Box::new(Self {
             index,
@@ -317,6 +320,8 @@ impl Vcpu {
             waiting: None,
             owed: None,
             left: None,
+            incoming: None,
+            foreign: false,
             look: true,
             fatal: None,
             bytes: [0; 15],
@@ -325,7 +330,6 @@ impl Vcpu {
             found: 2 * AGAIN,
             saved: u64::MAX,
             start,
-            clock_version: 0,
             doorbells: Arc::default(),
             exact_flags: false,
             gate: Arc::new(AtomicBool::new(true)),
@@ -463,13 +467,11 @@ impl Vcpu {
         let e = if turn.0.debugger.steps() { turn.0.run_one(reply) } else { turn.0.run_loop(reply) };
         drop(turn);
         signals::leave();
-        if let Exit::PioIn { size, count, .. } = e {
-            self.owed = Some(Owed::Answer { size, count });
-        } else if let Exit::MmioRead { size, .. } = e {
-            self.owed = Some(Owed::Answer { size, count: 1 });
-        } else if let Exit::Hypercall { .. } = e {
-            self.owed = Some(Owed::Answer { size: 8, count: 1 });
-        } else if !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. }) && !self.counted_stop(&e) {
+        self.owe(&e);
+        if self.owed.is_none()
+            && !matches!(e, Exit::PioOut { .. } | Exit::MmioWrite { .. })
+            && !self.counted_stop(&e)
+        {
             // A kick may have come together with something else.
             self.look = true;
             if perf_map::is_on() {
@@ -477,6 +479,16 @@ impl Vcpu {
             }
         }
         e
+    }
+
+    /// Remember what answer the owner owes to an exit.
+    pub fn owe(&mut self, e: &Exit) {
+        self.owed = match *e {
+            Exit::PioIn { size, count, .. } => Some(Owed::Answer { size, count }),
+            Exit::MmioRead { size, .. } => Some(Owed::Answer { size, count: 1 }),
+            Exit::Hypercall { .. } => Some(Owed::Answer { size: 8, count: 1 }),
+            _ => None,
+        };
     }
 
     // In all the time: see `Turn`.
@@ -886,16 +898,19 @@ impl Vcpu {
         }
     }
 
-    /// Take the owner's answer and finish the instruction that wanted it.
-    pub fn complete(&mut self, reply: Reply) {
+    /// Take the owner's answer and finish the instruction that wanted it. An exit that
+    /// comes back belongs to the same instruction.
+    pub fn complete(&mut self, reply: Reply) -> Option<Exit> {
         self.look = true;
         if self.owed.is_some() {
             self.left = None;
             self.answer(reply);
             if let Some(e) = self.visit(Self::step) {
-                self.outbox.push_front(e);
+                self.owe(&e);
+                return Some(e);
             }
         }
+        self.outbox.pop_front()
     }
 
     /// Signal the doorbell at `gpa`, if there is one for this write.
@@ -981,6 +996,10 @@ impl Vcpu {
                 self.deliver(e);
                 continue;
             }
+            if let Some(e) = self.incoming.take() {
+                self.take_event(&e);
+                continue;
+            }
             if let Some(stop) = self.debugger.take_stop() {
                 return Some(stop);
             }
@@ -1056,7 +1075,7 @@ impl Vcpu {
     }
 
     /// Bind to the calling thread: signals and timers go there.
-    fn attach(&mut self) {
+    pub fn attach(&mut self) {
         // Between two counted runs another processor may have used the thread.
         self.look |= signals::enter(self.cpu as u64) && !self.resumed;
         let id = signals::thread_id();

@@ -24,8 +24,8 @@ def main(values: Values) -> int:
     say("system", f"{platform.system()} {platform.release()} on {platform.machine()}")
     say("processor", f"{processor()}, {len(os.sched_getaffinity(0))} to use here")
     say("memory", memory())
-    say("/dev/kvm", kvm())
     native(troubles)
+    say("/dev/kvm", kvm())
     engine(troubles)
     for trouble in troubles:
         say("trouble", trouble)
@@ -62,22 +62,24 @@ def memory() -> str:
 
 
 def kvm() -> str:
-    """Whether /dev/kvm is there and answers; bunshin does not use it yet."""
-    try:
-        fd = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return "absent; the translator does not need it"
-    except OSError as error:
-        return f"there, but {error.strerror}; the translator does not need it"
-    try:
-        import fcntl
+    """What a throwaway machine in KVM showed."""
+    from bunshin.engine import figures
+    from bunshin.errors import EngineError
 
-        version = fcntl.ioctl(fd, 0xAE00)  # KVM_GET_API_VERSION
-    except OSError as error:
-        return f"opens, but refuses to talk ({error.strerror}); the translator does not need it"
-    finally:
-        os.close(fd)
-    return f"there, API version {version}; this version of bunshin has no engine that uses it"
+    try:
+        found = figures()
+    except EngineError:
+        return "not looked at"
+    refusal = {"kvm-absent": "absent", "kvm-permission": "there, but you may not open it"}
+    if found["refusal"] is not None:
+        return refusal.get(found["refusal"], "there, but it does not answer as KVM does")
+    parts = ["makes machines" if found["machine"] else "makes no machines"]
+    if found["instruction_ns"]:
+        parts.append(f"{found['instruction_ns']:.1f} ns a supervisor instruction")
+    for name, works in (("CMPXCHG16B", found["cmpxchg16b"]), ("XSAVE", found["xsave"])):
+        if works is not None and found["machine"]:
+            parts.append(f"{name} {'works' if works else 'fails'}")
+    return ", ".join(parts) + f" (looked for {found['took_us'] / 1000:.1f} ms)"
 
 
 def native(troubles: list[str]) -> None:
@@ -104,9 +106,9 @@ def engine(troubles: list[str]) -> None:
     from bunshin.errors import BunshinError
 
     try:
-        name, why = choose("auto")
-        say("engine", f"{name}: {why}")
-        create(name, 1)
+        choice = choose("auto")
+        say("engine", f"{choice.name}: {choice.reason}")
+        create(choice.name, 1)
     except BunshinError as error:
         if str(error) not in troubles:
             troubles.append(str(error))

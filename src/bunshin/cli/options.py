@@ -3,7 +3,8 @@
 A verb lists its `Option`s; `parse` turns words into values by key, and
 `explain` prints the same table as help. Spellings may be `--long`,
 `--long=value`, one-letter `-m value` or `-m512M`, and QEMU's single-dash words
-such as `-kernel`. A later option overrules an earlier one.
+such as `-kernel`. A later option overrules an earlier one, unless it may be given
+several times.
 
 Not argparse: importing that costs more than everything else the command line
 does before the guest starts.
@@ -40,6 +41,8 @@ class Option(NamedTuple):
     """Spellings that are accepted but not listed in the help."""
     bare: Any = None
     """Value of an option that stands alone; then a value follows only after `=`."""
+    many: bool = False
+    """May be given several times; the value is the list of them."""
 
     @property
     def key(self) -> str:
@@ -150,9 +153,13 @@ def parse(verb: Verb, words: Sequence[str]) -> Values:
                 raise UsageError(f"{name} needs a value: {name} {option.metavar}")
             value = rest.pop(0)
         try:
-            values.options[option.key] = option.parse(value)
+            parsed = option.parse(value)
         except ValueError as error:
             raise UsageError(f"{name}: {value!r} {error}") from None
+        if option.many:
+            values.options.setdefault(option.key, []).append(parsed)
+        else:
+            values.options[option.key] = parsed
     if len(values.operands) > len(verb.operands) and not values.help:
         extra = values.operands[len(verb.operands)]
         raise UsageError(f"{extra!r} is one word too many for 'bunshin {verb.name}'")

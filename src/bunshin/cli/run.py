@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from . import complain, status
@@ -19,6 +20,15 @@ LAST_WORDS = 0.2
 """Seconds that a slow reader gets for output that is left when bunshin ends the machine."""
 ENGINES = {"tcg": "translator"}
 """QEMU's words for what we call otherwise."""
+
+
+def moment(value: str) -> tuple[float, str]:
+    """A time and an engine: `5:kvm`, `1.5s:translator`."""
+    when, colon, engine = value.rpartition(":")
+    if not colon or engine not in ("kvm", "translator"):
+        raise ValueError("is not TIME:kvm or TIME:translator, such as 5:kvm")
+    return seconds(when), engine
+
 
 VERB = Verb(
     "run",
@@ -56,8 +66,17 @@ VERB = Verb(
         Option(
             ("--engine",),
             "NAME",
-            "What runs the guest's instructions: 'auto' (the default), 'translator', or 'direct' (a trial).",
+            "What runs the guest's instructions: 'kvm', 'translator', or 'auto' (the default): "
+            "KVM where it runs at the speed of hardware, the translator elsewhere; 'bunshin "
+            "doctor' tells. 'direct', an experiment, is the translator with user code run natively.",
             hidden=("-accel",),
+        ),
+        Option(
+            ("--switch-at",),
+            "TIME:ENGINE",
+            "Move the running guest to 'kvm' or 'translator' after this time; may be given several times.",
+            moment,
+            many=True,
         ),
         Option(
             ("--console",),
@@ -138,6 +157,10 @@ def main(values: Values) -> int:
         from bunshin import Machine
 
         machine = Machine(console=output.put, **arguments)
+        if machine.engine_warning:
+            complain(f"warning: {machine.engine_warning}")
+        for when, engine in values.switch_at or ():
+            machine.clock.after(int(when * 1e9), partial(switch, machine, engine))
         machine.start(paused=gdb is not None)
         if gdb is not None:
             server = open_gdb(machine, gdb, stopped=bool(values.S))
@@ -162,6 +185,17 @@ def main(values: Values) -> int:
         if server is not None:
             server.close()
         waker.close()
+
+
+def switch(machine: Machine, engine: str) -> None:
+    """Move the machine; one that stays where it was is told of and runs on."""
+    from bunshin.errors import BunshinError
+
+    try:
+        machine.switch_engine(engine)
+    except BunshinError as error:
+        if machine.status == "running":
+            complain(f"--switch-at: {error}")
 
 
 class Typing:
@@ -261,6 +295,8 @@ def machine_arguments(values: Values) -> dict[str, Any]:
     arguments = {name: getattr(values, name) for name in names}
     arguments["engine"] = ENGINES.get(engine, engine)
     arguments["image"] = image or ("tiny" if values.kernel is None else None)
+    if values.switch_at:
+        arguments["movable"] = True
     if values.perf_map:
         arguments["perf_map"] = values.symbols or True
     if values.kernel is not None and values.append is None:

@@ -152,19 +152,31 @@ class Native:
     def tsc_hz() -> int:
         return 2_450_000_000
 
+    @staticmethod
+    def probe_kvm() -> dict[str, Any]:
+        return {"refusal": "kvm-absent", "trouble": None}
+
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bunshin.engine.native", lambda: Native)
+    monkeypatch.setattr("bunshin.engine.figures", Native.probe_kvm)
     monkeypatch.setattr("bunshin.engine.create", lambda name, cpus: None)
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for part in ("bmi2 avx2\n", "absent        avx512f\n", "2450 MHz", "engine        translator: "):
+    for part in (
+        "bmi2 avx2\n",
+        "absent        avx512f\n",
+        "2450 MHz",
+        "/dev/kvm      absent\n",
+        "engine        translator: this host has no",
+    ):
         assert part in text
     assert text.endswith("verdict       machines can run here\n")
 
 
 def test_doctor_finds_trouble(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bunshin.engine.native", lambda: Native)
+    monkeypatch.setattr("bunshin.engine.figures", Native.probe_kvm)
     monkeypatch.setattr(
         "bunshin.engine.create", refusing(errors.EngineError("s", "the processor lacks bmi2"))
     )

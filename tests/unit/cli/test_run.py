@@ -107,6 +107,9 @@ def test_arguments_as_typed(toy: Command) -> None:
         (["--console", "file:"], "--console: 'file:' is not"),
         (["--timeout", "soon"], "--timeout: 'soon' is not a time"),
         (["--memry", "1G"], "did you mean '--memory'?"),
+        (["--switch-at", "kvm"], "--switch-at: 'kvm' is not TIME:kvm or TIME:translator"),
+        (["--switch-at", "5:xen"], "--switch-at: '5:xen' is not"),
+        (["--switch-at", "soon:kvm"], "is not a time"),
     ],
 )
 def test_usage(toy: Command, words: list[str], part: str) -> None:
@@ -116,6 +119,20 @@ def test_usage(toy: Command, words: list[str], part: str) -> None:
     assert done.stderr.startswith(b"bunshin: ")
     assert done.stderr.count(b"\n") == 1
     assert done.stdout == b""
+
+
+def test_moves_are_made_in_their_order(toy: Command) -> None:
+    done = toy("--switch-at", "2:kvm", "--switch-at=1.5s:translator", typed=b"arguments\npower-off\n")
+    assert done.stdout.startswith(b"moved to translator\r\ntoy\r\n")
+    assert b"('movable', True)" in done.stdout
+    assert done.stderr.decode() == "bunshin: --switch-at: KVM cannot keep it\n"
+    assert done.returncode == 0
+
+
+def test_an_engine_that_is_asked_for_in_vain_warns(toy: Command) -> None:
+    done = toy("--engine", "kvm", typed=b"power-off\n")
+    assert done.stderr.decode() == "bunshin: warning: KVM is slow here\n"
+    assert done.returncode == 0
 
 
 def test_console_file(toy: Command, tmp_path: Path) -> None:

@@ -35,8 +35,22 @@ class Toy:
         self.typed = 0
         self.line = b""
         self.queue: list[bytes] = []
+        self.status = "running"
+        self.engine_warning = "KVM is slow here" if arguments.get("engine") == "kvm" else None
+        self.clock = SimpleNamespace(after=self.after)
+        self.due: list[tuple[int, Callable[[], None]]] = []
+
+    def after(self, delay_ns: int, action: Callable[[], None]) -> None:
+        self.due.append((delay_ns, action))
+
+    def switch_engine(self, name: str) -> None:
+        if name == "kvm":
+            raise EngineError("engine-switch", "KVM cannot keep it")
+        self.put(b"moved to " + name.encode() + b"\r\n")
 
     def start(self, paused: bool = False) -> None:
+        for _, action in sorted(self.due, key=lambda due: due[0]):
+            action()
         Thread(target=self.guest, daemon=True).start()
 
     def type(self, data: bytes) -> None:

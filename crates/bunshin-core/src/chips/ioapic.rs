@@ -34,11 +34,14 @@ const WRITABLE: u64 = 0xFF00_0000_0001_AFFF;
 /// All registers of the IOAPIC, and the levels of its pins.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ioapic {
-    id: u8,
-    select: u8,
-    entries: [u64; PINS as usize],
+    /// IOAPIC ID, 4 bits.
+    pub id: u8,
+    /// IOREGSEL.
+    pub select: u8,
+    /// Redirection entries.
+    pub entries: [u64; PINS as usize],
     /// Asserted pins, one bit each.
-    lines: u32,
+    pub lines: u32,
 }
 
 /// Which entry a register index from 0x10 to 0x3F is half of.

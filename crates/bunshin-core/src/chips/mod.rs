@@ -22,8 +22,8 @@
 //! saved state is checked before any of it is taken.
 mod ioapic;
 mod lapic;
-mod pic;
-mod pit;
+pub mod pic;
+pub mod pit;
 
 use crate::clock::Clock;
 use serde::{Deserialize, Serialize};
@@ -109,7 +109,8 @@ fn ones(size: u8) -> u64 {
 pub struct ChipsState {
     /// The clock when the copy was made.
     pub clock_ns: u64,
-    /// Local APIC of each processor, by index.
+    /// Local APIC of each processor, by index; empty where they come with the
+    /// processors' own states.
     pub lapics: Vec<Lapic>,
     /// The IOAPIC.
     pub ioapic: Ioapic,
@@ -668,6 +669,18 @@ impl Chips {
         self.lock().lapic(cpu).is_some_and(|lapic| lapic.nmi)
     }
 
+    /// Let an NMI wait, or not: part of a saved state.
+    pub fn set_nmi_pending(&self, cpu: u32, pending: bool) {
+        self.change(|inner| {
+            if let Some(lapic) = inner.lapic(cpu) {
+                lapic.nmi = pending;
+                if pending {
+                    inner.alarmed.insert(cpu as usize);
+                }
+            }
+        });
+    }
+
     /// Take a pending NMI.
     pub fn take_nmi(&self, cpu: u32) -> bool {
         self.lock().lapic(cpu).is_some_and(|lapic| std::mem::take(&mut lapic.nmi))
@@ -769,6 +782,10 @@ impl Chips {
     pub fn set_state(&self, state: &ChipsState) -> Result<(), String> {
         let mut state = state.clone();
         self.change(|inner| {
+            let keep = state.lapics.is_empty();
+            if keep {
+                state.lapics = inner.lapics.clone();
+            }
             if state.lapics.len() != inner.lapics.len() {
                 return Err(format!(
                     "chipset: state of {} processors, the machine has {}",
@@ -783,7 +800,9 @@ impl Chips {
                     return Err(format!("local APIC {index}: its ID is {}", lapic.id));
                 }
                 lapic.check()?;
-                lapic.rebase(to);
+                if !keep {
+                    lapic.rebase(to);
+                }
             }
             state.ioapic.check()?;
             state.pic.check()?;

@@ -22,27 +22,39 @@ use serde::{Deserialize, Serialize};
 
 /// One 8259A. Plain state.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-struct Chip {
-    irr: u8,
-    isr: u8,
-    imr: u8,
+pub struct Chip {
+    /// Requests.
+    pub irr: u8,
+    /// In service.
+    pub isr: u8,
+    /// Masked inputs.
+    pub imr: u8,
     /// Levels of the inputs.
-    lines: u8,
-    elcr: u8,
+    pub lines: u8,
+    /// Level-triggered inputs.
+    pub elcr: u8,
     /// Vector of IR0.
-    base: u8,
+    pub base: u8,
     /// Input with the highest priority.
-    first: u8,
+    pub first: u8,
     /// Next ICW expected (2, 3, 4), or 0.
-    icw: u8,
-    icw4: bool,
-    single: bool,
-    read_isr: bool,
-    poll: bool,
-    special_mask: bool,
-    special_nested: bool,
-    auto_eoi: bool,
-    rotate_auto: bool,
+    pub icw: u8,
+    /// ICW1 announced an ICW4.
+    pub icw4: bool,
+    /// ICW1 said that there is no slave.
+    pub single: bool,
+    /// Reads give ISR in place of IRR.
+    pub read_isr: bool,
+    /// The next read polls.
+    pub poll: bool,
+    /// Special mask mode.
+    pub special_mask: bool,
+    /// Special fully nested mode.
+    pub special_nested: bool,
+    /// Interrupts end when they are taken.
+    pub auto_eoi: bool,
+    /// Priorities rotate with automatic EOI.
+    pub rotate_auto: bool,
 }
 
 impl Chip {
@@ -193,8 +205,10 @@ const ELCR: [u8; 2] = [0xF8, 0xDE];
 /// Both controllers.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pic {
-    master: Chip,
-    slave: Chip,
+    /// IRQ 0 to 7.
+    pub master: Chip,
+    /// IRQ 8 to 15.
+    pub slave: Chip,
 }
 
 impl Pic {

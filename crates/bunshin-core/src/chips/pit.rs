@@ -24,12 +24,14 @@
 use super::MIN_PERIOD_NS;
 use serde::{Deserialize, Serialize};
 
-const HZ: u128 = 1_193_182;
+/// Ticks in a second.
+pub const HZ: u128 = 1_193_182;
 const SECOND: u128 = 1_000_000_000;
 /// A refresh cycle is requested this often, and bit 4 of port 0x61 toggles.
 const REFRESH_NS: u64 = 15_085;
 
-fn ticks(ns: u64) -> u64 {
+/// Ticks done after `ns` nanoseconds.
+pub fn ticks(ns: u64) -> u64 {
     (u128::from(ns) * HZ / SECOND) as u64
 }
 
@@ -40,31 +42,40 @@ fn nanoseconds(n: u64) -> u64 {
 
 /// One counter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Channel {
-    mode: u8,
-    bcd: bool,
+pub struct Channel {
+    /// 0 to 5.
+    pub mode: u8,
+    /// Counts in decimal.
+    pub bcd: bool,
     /// 1 low byte, 2 high byte, 3 low then high.
-    access: u8,
+    pub access: u8,
     /// 1 to 65536.
-    reload: u32,
+    pub reload: u32,
     /// A count was written since the control word.
-    loaded: bool,
-    running: bool,
-    /// When it was loaded or triggered.
-    start_ns: u64,
+    pub loaded: bool,
+    /// It was loaded, or triggered in the modes that wait for that.
+    pub running: bool,
+    /// When that was.
+    pub start_ns: u64,
     /// Ticks done, while the gate stops it.
-    held: Option<u64>,
+    pub held: Option<u64>,
     /// Rising edges of OUT that were delivered.
-    edges: u64,
-    gate: bool,
-    write_low: Option<u8>,
-    read_high: bool,
-    latch: Option<u16>,
-    status: Option<u8>,
+    pub edges: u64,
+    /// Level of the gate.
+    pub gate: bool,
+    /// First byte of a count that is being written.
+    pub write_low: Option<u8>,
+    /// The next read gives the high byte.
+    pub read_high: bool,
+    /// Latched count.
+    pub latch: Option<u16>,
+    /// Latched status.
+    pub status: Option<u8>,
 }
 
 impl Channel {
-    fn new(gate: bool) -> Self {
+    /// After power-up, with this level at the gate.
+    pub fn new(gate: bool) -> Self {
         Self {
             mode: 0,
             bcd: false,
@@ -87,11 +98,13 @@ impl Channel {
         matches!(self.mode, 1 | 5)
     }
 
-    fn periodic(&self) -> bool {
+    /// Starts over by itself.
+    pub fn periodic(&self) -> bool {
         matches!(self.mode, 2 | 3)
     }
 
-    fn elapsed(&self, now_ns: u64) -> u64 {
+    /// Ticks done since it was started.
+    pub fn elapsed(&self, now_ns: u64) -> u64 {
         match (self.running, self.held) {
             (false, _) => 0,
             (true, Some(done)) => done,
@@ -249,9 +262,10 @@ impl Channel {
 /// All three counters and port 0x61.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pit {
-    channels: [Channel; 3],
+    /// IRQ 0, refresh, speaker.
+    pub channels: [Channel; 3],
     /// Bits 0..3 of port 0x61 as written.
-    port61: u8,
+    pub port61: u8,
 }
 
 impl Pit {

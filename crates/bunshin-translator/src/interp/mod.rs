@@ -21,6 +21,7 @@ pub mod task;
 use crate::insn::gpr_number;
 use crate::mmu::{ud, Kind, Trap, Who};
 use crate::vcpu::{mode, Vcpu};
+use bunshin_core::chips::{IOAPIC_GPA, LAPIC_GPA};
 use bunshin_core::Exit;
 use iced_x86::{Code, Instruction, MemorySize, Mnemonic as M, OpKind, Register};
 use std::arch::x86_64::{_mm_loadu_si128, _mm_storeu_si128};
@@ -659,7 +660,8 @@ impl Vcpu {
                 n -= 1;
             }
             self.counters.device_accesses += 1;
-            let v = match self.chips.mmio_read(self.index, at, n as u8) {
+            let chip = if self.foreign { None } else { self.chips.mmio_read(self.index, at, n as u8) };
+            let v = match chip {
                 Some(v) => v,
                 None if self.answer_next < self.answers.len() => {
                     self.answer_next += 1;
@@ -688,7 +690,12 @@ impl Vcpu {
             let mut v = [0; 8];
             v[..n].copy_from_slice(&from[done..done + n]);
             let value = u64::from_le_bytes(v);
-            if !self.chips.mmio_write(self.index, at, n as u8, value) && !self.ring(at, n as u8, value) {
+            if self.foreign && matches!(at & !0xfff, LAPIC_GPA | IOAPIC_GPA) {
+                // Whoever has it makes the access; the instruction has not happened.
+                return Err(Trap::Exit(Exit::MmioWrite { gpa: at, size: n as u8, value }));
+            }
+            let chip = !self.foreign && self.chips.mmio_write(self.index, at, n as u8, value);
+            if !chip && !self.ring(at, n as u8, value) {
                 self.outbox.push_back(Exit::MmioWrite { gpa: at, size: n as u8, value });
             }
             done += n;

@@ -34,7 +34,7 @@ impl Vcpu {
 
     fn port_read(&mut self, port: u16, size: usize, count: u32) -> Result<u64, Trap> {
         self.counters.port_accesses += 1;
-        if Chips::owns_port(port) {
+        if Chips::owns_port(port) && !self.foreign {
             return Ok(u64::from(self.chips.pio_read(port, size as u8)));
         }
         if self.answer_next < self.answers.len() {
@@ -46,7 +46,7 @@ impl Vcpu {
 
     fn port_write(&mut self, port: u16, size: usize, data: Vec<u8>) {
         self.counters.port_accesses += 1;
-        if Chips::owns_port(port) {
+        if Chips::owns_port(port) && !self.foreign {
             for e in data.chunks(size) {
                 let mut b = [0; 4];
                 b[..size].copy_from_slice(e);
