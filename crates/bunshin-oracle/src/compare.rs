@@ -129,15 +129,18 @@ pub struct Step {
 /// - the last bytes of the address space are the host's page fault without a
 ///   segment base, and its #GP with one.
 pub fn exempt(case: &Case, left: &Outcome, right: &Outcome, steps: &[Step]) -> Option<&'static str> {
-    let (rip, last) = (right.state.rip, steps.last());
-    let branch = |step: &Step| {
-        let i = Decoder::new(case.bits(), &step.bytes, DecoderOptions::AMD).decode();
+    let rip = right.state.rip;
+    let branch = || {
+        let at = left.state.rip.wrapping_sub(CODE) as usize;
+        let code = CodeImage::new(case, left).after;
+        let bytes = code.get(at..).unwrap_or(&[]);
         use FlowControl as F;
-        matches!(i.flow_control(), F::Return | F::IndirectBranch | F::IndirectCall)
+        let flow = Decoder::new(case.bits(), bytes, DecoderOptions::AMD).decode().flow_control();
+        matches!(flow, F::Return | F::IndirectBranch | F::IndirectCall)
     };
     let at_target = (rip as i64) << 16 >> 16 != rip as i64;
     let general = |side: &Outcome| matches!(side.stop, Stop::Fault { vector: 13, .. });
-    if at_target && general(left) && general(right) && last.is_some_and(branch) {
+    if at_target && general(left) && general(right) && branch() {
         return Some("a branch to a non-canonical address faults at its target");
     }
     for (n, step) in steps.iter().enumerate() {

@@ -254,13 +254,13 @@ fn generic(v: &mut Vcpu, i: &Instruction) -> Done {
         v.run_snippet(bytes, i, v.cpu().bounce.0.as_ptr() as u64)?;
         return Ok(Flow::Next);
     }
-    let elements = element_mask(v, i);
-    let (mask, n) = elements.unwrap_or((1, size));
-    let va = if mask != 0 { v.operand_anywhere(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
     if waits(i) {
         // An exception that the FPU has pending comes before those of the operand.
         v.run_snippet(&[0x9b], &decode(&[0x9b], 64, i.ip()), 0)?;
     }
+    let elements = element_mask(v, i);
+    let (mask, n) = elements.unwrap_or((1, size));
+    let va = if mask != 0 { v.operand_anywhere(i, behind, size, kind)? } else { v.operand_behind(i, behind) };
     // EVEX elements past 4 GiB leave a segment of 32-bit code, others wrap.
     let narrow = !v.cpu().code64() && i.op_mask() == Register::None;
     let wrap = if narrow { 0xffff_ffff } else { u64::MAX };

@@ -329,7 +329,7 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
     let (from, to) = (v.linear(o.seg, si), v.linear(0, di));
     let source = |v: &Vcpu| v.check_segment(o.seg, si, o.size, Kind::Read);
     let target = |v: &Vcpu, kind: Kind| v.check_segment(0, di, o.size, kind);
-    // Faults of the operand that comes first come before the other's alignment.
+    // Faults of the operand that comes first come before what is wrong with the other.
     let aligned = |v: &Vcpu, va: u64| v.check_alignment(va, o.size, o.size);
     let size = o.size as u64;
     let acc = match o.size {
@@ -341,9 +341,9 @@ fn one(v: &mut Vcpu, i: &Instruction, o: &Operands) -> Result<bool, Trap> {
     match i.mnemonic() {
         M::Movsb | M::Movsw | M::Movsd | M::Movsq => {
             source(v)?;
-            target(v, Kind::Write)?;
             aligned(v, from)?;
             let x = v.load(from, o.size, who)?;
+            target(v, Kind::Write)?;
             aligned(v, to)?;
             v.store(to, o.size, x, who)?;
             advance(v, o, SI, size);
