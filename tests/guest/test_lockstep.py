@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from struct import pack
+from subprocess import CompletedProcess
 
 import pytest
 
 from bunshin.config import MachineConfig
 from bunshin.debug import lockstep
-from bunshin.debug.lockstep import Report
+from bunshin.debug.lockstep import Report, differences, normal
 
 LOAD, STACK, DATA, IDT, HANDLER, POINTER = 0x10_0000, 0x16_0000, 0x18_0000, 0x18_1000, 0x18_2000, 0x18_3000
 PAGE_TABLE = 0x19_0000
@@ -260,3 +261,51 @@ def test_faults_that_leave_a_trace_are_found_at_any_grain(run: Lockstep, plant: 
     for grain in (1, 7, 1000):
         report = run(segments, plant, grain=grain)
         assert report.instruction.startswith(f"{place:#x}: "), report
+
+
+def test_the_command_line(tmp_path: Path, command: Callable[..., CompletedProcess[bytes]]) -> None:
+    path = tmp_path / "guest"
+    path.write_bytes(elf(wrong_flag()[0]))
+    words = ("lockstep", "--kernel", str(path), "-m", "16M", "--grain", "0")
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"agreed for 2")
+    done = command(*words, "--plant", "wrong-flag")
+    assert done.returncode == 1
+    assert b": f5: cmc\n" in done.stdout
+    assert b"rflags: translated 0x" in done.stdout
+    for bad in (("--plant", "nothing"), ("-n", "many"), ("--grain", "-1"), ("tiny",)):
+        done = command(*words, *bad)
+        assert done.returncode in {2, 7}, done.stderr
+        assert done.stderr.count(b"\n") == 1
+
+
+def test_a_boot_agrees(tiny: dict[str, str]) -> None:
+    config = MachineConfig.check(
+        kernel=tiny["kernel"], initrd=tiny["initrd"], memory="128M", append="console=ttyS0 tsc=reliable"
+    )
+    report = lockstep.run(config, 2_000_000)
+    assert report.agreed, report
+    assert report.count == 2_000_000
+
+
+def test_states_in_normal_form() -> None:
+    state = {
+        "gpr": [0] * 16,
+        "rip": 0,
+        "rflags": 2,
+        "xsave": bytes(2688),
+        "msrs": [(1, 2)],
+        "segments": [{}] * 6,
+    }
+    used = bytearray(2688)
+    # x87 and SSE in use, and as after reset; an address of the last x87 instruction.
+    used[0:2] = b"\x7f\x03"
+    used[8] = 0x55
+    used[512] = 3
+    assert differences(state, {**state, "xsave": bytes(used)}) == []
+    assert normal(state)["xsave"][:2] == b"\x7f\x03"
+    used[160] = 1
+    other = {**state, "xsave": bytes(used), "rip": 1, "gpr": [0] * 15 + [7], "msrs": [(1, 3)]}
+    found = differences(state, other)
+    assert [what for what, _, _ in found] == ["r15", "rip", "xmm, byte 0xa0 of xsave", "msr 0x1"]

@@ -437,3 +437,89 @@ def test_closing_without_starting(native: Any, kernel: str) -> None:
     machine.close()
     with pytest.raises(ConfigError):
         machine.start()
+
+
+# Under a debugger ---------------------------------------------------------------------
+
+DEBUG = 5
+BREAKPOINT = (DEBUG, 0x1234, 0, "breakpoint")
+
+
+def test_a_machine_that_starts_paused(native: Any, kernel: str) -> None:
+    native.guests = [hello]
+    with Machine(kernel) as machine:
+        machine.start(paused=True)
+        assert machine.status == "paused"
+        native.engines[-1].tsc = 1000
+        assert machine.wait(0.05).kind == "timeout"
+        assert machine.console.read() == b""
+        # It stands, and can be looked at.
+        assert machine.cpu_registers(0)["rip"] is not None
+        machine.resume()
+        assert machine.wait(10).kind == "power-off"
+        assert machine.console.read() == b"hello\n"
+    # No time had passed for it.
+    assert native.vcpus[-1].skipped == [1000]
+
+
+def test_a_processor_that_stops_stands_while_others_run(native: Any, kernel: str) -> None:
+    turns = threading.Semaphore(0)
+
+    def stops() -> Program:
+        yield BREAKPOINT
+        yield from say(b"on")
+        yield POWER_OFF
+
+    def runs() -> Program:
+        while True:
+            yield OUT, 0x80, 1, 0
+            turns.release()
+
+    native.guests = [stops, runs]
+    seen: list[tuple[int, str, int]] = []
+    told = threading.Event()
+
+    def listen(cpu: int, why: str, gva: int) -> None:
+        seen.append((cpu, why, gva))
+        told.set()
+
+    with Machine(kernel, cpus=2) as machine:
+        machine.debug(listen)
+        with pytest.raises(ConfigError, match="debugger already"):
+            machine.debug(listen)
+        machine.start()
+        assert told.wait(10)
+        assert seen == [(0, "breakpoint", 0x1234)]
+        while turns.acquire(blocking=False):
+            pass
+        assert turns.acquire(timeout=10)
+        assert machine.console.read() == b""
+        machine.pause()
+        machine.hold({1})
+        machine.resume()
+        # Now it is the other way round.
+        assert machine.wait(10).kind == "power-off"
+        assert machine.console.read() == b"on"
+
+
+def test_a_processor_that_is_held_does_not_run(native: Any, kernel: str) -> None:
+    native.guests = [hello]
+    with Machine(kernel) as machine:
+        machine.start(paused=True)
+        machine.hold({0})
+        machine.resume()
+        assert machine.wait(0.05).kind == "timeout"
+        machine.pause()
+        machine.hold(())
+        machine.resume()
+        assert machine.wait(10).kind == "power-off"
+
+
+def test_a_stop_that_nobody_asked_for_is_passed_over(native: Any, kernel: str) -> None:
+    def guest() -> Program:
+        yield BREAKPOINT
+        yield from hello()
+
+    native.guests = [guest]
+    with Machine(kernel) as machine:
+        assert machine.start().wait(10).kind == "power-off"

@@ -503,9 +503,22 @@ def run(
     Raises:
         BunshinError: the kernel cannot be loaded, or an engine fails.
     """
+    native = engines.native()
+    try:
+        return _run(config, instructions, plant, Shape.of(grain), progress)
+    except native.EngineError as error:
+        raise engines.from_native(error) from error
+
+
+def _run(
+    config: MachineConfig,
+    instructions: int,
+    plant: str | None,
+    shape: Shape,
+    progress: Callable[[int], object],
+) -> Report:
     log = Log()
     pair = Pair(config, log, plant, replay=False)
-    shape = Shape.of(grain)
     good = 0  # agreed so far, memory included
     try:
         while True:
