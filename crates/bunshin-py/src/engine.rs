@@ -134,7 +134,7 @@ impl Engine {
     }
 
     /// Let the guest's clocks stand at `ns` nanoseconds from now on; None: the host's time.
-    #[pyo3(signature = (ns=None))]
+    #[pyo3(signature = (ns))]
     fn set_time(&self, py: Python<'_>, ns: Option<u64>) -> PyResult<()> {
         py.allow_threads(|| self.inner.set_time(ns)).map_err(raise)
     }
