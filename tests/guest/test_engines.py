@@ -182,7 +182,7 @@ def test_a_move_waits_for_an_unfinished_access(
 def test_a_processor_in_the_middle_of_an_access_does_not_move() -> None:
     kvm_there()
     module = native()
-    engine = module.Engine("translator", 1, True)
+    engine = module.Engine("translator", 1, movable=True)
     region = module.Region(1 << 20)
     memoryview(region)[0x1000:0x1003] = b"\xe4\x10\xf4"  # in al,0x10; hlt
     engine.map(0, region, 0, 1 << 20)

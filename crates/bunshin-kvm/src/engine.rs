@@ -8,7 +8,7 @@ use crate::vcpu::KvmVcpu;
 use crate::{chips, open, refused};
 use bunshin_core::chips::ChipsState;
 use bunshin_core::cpuid::Leaf;
-use bunshin_core::{clock, kick, Engine, EngineError, Region, Result, Vcpu};
+use bunshin_core::{clock, Engine, EngineError, Region, Result, Vcpu};
 use kvm_bindings::{
     kvm_enable_cap, kvm_ioeventfd, kvm_irq_routing_entry, kvm_msi, kvm_pit_config, KvmIrqRouting,
     KVM_CAP_EXIT_ON_EMULATION_FAILURE, KVM_CAP_X2APIC_API, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER,
@@ -47,7 +47,6 @@ impl KvmEngine {
     /// # Errors
     /// KVM cannot be opened or refuses, or has not as many processors.
     pub fn new(cpuid: Vec<Vec<Leaf>>) -> Result<Arc<Self>> {
-        kick::install();
         let kvm = open()?;
         let most = kvm.get_max_vcpus();
         if cpuid.is_empty() || cpuid.len() > most {

@@ -99,6 +99,8 @@ impl KvmVcpu {
         vm: Arc<VmFd>,
         memory: Arc<Memory>,
     ) -> Result<Self> {
+        // Whoever runs it may kick it.
+        kick::install();
         cpuid::set(&fd, leaves)?;
         // All processors count as the host does.
         clocks::set_tsc_offset(&fd, 0)?;

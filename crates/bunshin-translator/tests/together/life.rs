@@ -99,8 +99,8 @@ fn the_instruction_that_waits_is_replaced() {
         let mut value = 7;
         if complete {
             // Looked at afresh: the new instruction, with an answer of its own.
-            v.complete(Reply::Value(7));
-            assert_eq!(v.run(Reply::None), Exit::MmioRead { gpa: 0x3000_1000, size: 4 });
+            let next = v.complete(Reply::Value(7));
+            assert_eq!(next, Some(Exit::MmioRead { gpa: 0x3000_1000, size: 4 }));
             value = 9;
             assert_eq!(v.run(Reply::Value(9)), Exit::PioOut { port: 0x91, size: 4, data: vec![9, 0, 0, 0] });
         } else {
