@@ -230,12 +230,13 @@ impl Phys {
         self.slot(gpa).map(|s| s.first + ((gpa - s.gpa) >> 12) as usize)
     }
 
-    /// Index of the slot that has `gpa`, and the page's offset in the file behind it.
-    pub fn file(&self, gpa: u64) -> Option<(usize, u64)> {
-        let n = self.slots.iter().position(|s| gpa >= s.gpa && gpa < s.end)?;
+    /// Index of the slot that has a page, and the page's offset in the file behind it.
+    pub fn file_of(&self, page: usize) -> Option<(usize, u64)> {
+        let pages = |s: &PhysSlot| ((s.end - s.gpa) >> 12) as usize;
+        let n = self.slots.iter().position(|s| page >= s.first && page - s.first < pages(s))?;
         let s = &self.slots[n];
         let base = s._keep.region().host() as u64;
-        Some((n, s.host - base + ((gpa - s.gpa) & !0xfff)))
+        Some((n, s.host - base + ((page - s.first) as u64) * 4096))
     }
 
     /// The guest can store there.
@@ -683,14 +684,14 @@ impl Drop for Regions {
     }
 }
 
-const P: u64 = 1;
-const W: u64 = 2;
-const U: u64 = 4;
-const A: u64 = 0x20;
-const D: u64 = 0x40;
-const PS: u64 = 0x80;
+pub const P: u64 = 1;
+pub const W: u64 = 2;
+pub const U: u64 = 4;
+pub const A: u64 = 0x20;
+pub const D: u64 = 0x40;
+pub const PS: u64 = 0x80;
 const G: u64 = 0x100;
-const NX: u64 = 1 << 63;
+pub const NX: u64 = 1 << 63;
 
 pub const CR0_WP: u64 = 1 << 16;
 pub const CR0_PG: u64 = 1 << 31;
@@ -701,10 +702,10 @@ pub const CR4_PCIDE: u64 = 1 << 17;
 pub const CR4_SMEP: u64 = 1 << 20;
 pub const CR4_SMAP: u64 = 1 << 21;
 pub const EFER_NXE: u64 = 1 << 11;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// Addresses that fit the width in CPUID leaf 8000_0008.
-const PHYSICAL: u64 = (1 << crate::cpuid::PHYSICAL_BITS) - 0x1000;
+pub const PHYSICAL: u64 = (1 << crate::cpuid::PHYSICAL_BITS) - 0x1000;
 
 /// Reserved bits of an entry for a large page of `1 << bits` bytes: its address is
 /// aligned. Of 4 MiB ones, bits 13 to 20 hold bits 32 to 39 of the address.

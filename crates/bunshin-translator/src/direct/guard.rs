@@ -47,7 +47,7 @@ const SIGTRAP: u64 = 1 << 37;
 /// Breakpoints of one sandbox.
 #[derive(Default)]
 pub struct Guard {
-    /// Page and event, the oldest first.
+    /// Where, and the event; the one that was met last comes last.
     set: Vec<(u64, OwnedFd)>,
 }
 
@@ -64,13 +64,13 @@ impl Guard {
         }
         let mut gone = Vec::new();
         while self.set.len() + places.len() > BREAKPOINTS {
-            let page = self.set[0].0;
+            let page = self.set[0].0 & !0xfff;
             self.forget(page);
             gone.push(page);
         }
         for &at in places {
             match breakpoint(pid, va + at as u64) {
-                Ok(event) => self.set.push((va, event)),
+                Ok(event) => self.set.push((va + at as u64, event)),
                 Err(e) => {
                     self.forget(va);
                     return Err(e);
@@ -82,7 +82,19 @@ impl Guard {
 
     /// The page at `va` is not executable any more.
     pub fn forget(&mut self, va: u64) {
-        self.set.retain(|(page, _)| *page != va);
+        self.set.retain(|(at, _)| at & !0xfff != va);
+    }
+
+    /// The page at `va` has breakpoints at `places` and nowhere else.
+    pub fn has(&self, va: u64, places: &[usize]) -> bool {
+        let mut set = self.set.iter().map(|(at, _)| *at).filter(|at| at & !0xfff == va);
+        self.set.iter().filter(|(at, _)| at & !0xfff == va).count() == places.len()
+            && set.all(|at| places.contains(&((at & 0xfff) as usize)))
+    }
+
+    /// One of the page at `va` was met: it makes room for others last.
+    pub fn meets(&mut self, va: u64) {
+        self.set.sort_by_key(|(at, _)| at & !0xfff == va);
     }
 
     pub fn clear(&mut self) {

@@ -25,6 +25,7 @@ mod pages;
 mod sandbox;
 mod scan;
 mod stub;
+mod tables;
 
 use crate::cpu::*;
 use crate::mmu::{Exception, Filled, Kind, Who, OF_};
@@ -185,6 +186,15 @@ enum Next {
     Step,
 }
 
+/// The access that the error code of a page fault tells of.
+fn kind_of(error: u64) -> Kind {
+    match error {
+        e if e & 16 != 0 => Kind::Fetch,
+        e if e & 2 != 0 => Kind::Write,
+        _ => Kind::Read,
+    }
+}
+
 impl Vcpu {
     /// Privilege changes: the processor enters `region`, 0 for the supervisor's.
     pub fn note_privilege(&mut self, before: usize, region: usize) {
@@ -330,8 +340,8 @@ impl Vcpu {
 
     /// None: the sandbox is lost.
     fn run_place(&mut self, p: &mut Place) -> Option<Next> {
-        let region = self.region;
-        p.mirror.forget(&mut self.regions.all[region].stale, &mut p.sandbox);
+        self.refresh(&mut p.mirror, &mut p.sandbox);
+        self.mirror_faulted(&mut p.mirror, &mut p.sandbox);
         p.frame.store(self);
         let c = self.cpu();
         let mut start = Start {
@@ -374,6 +384,7 @@ impl Vcpu {
                     }
                     Filled::Fault(e) => {
                         self.take_registers(p, handed)?;
+                        p.mirror.faults(cause.address, kind_of(cause.error));
                         self.deliver(e);
                         return Some(Next::Out);
                     }
@@ -383,7 +394,7 @@ impl Vcpu {
             return Some(match handed.signal {
                 STOP => Next::Out,
                 libc::SIGSYS => self.direct_call(p, handed),
-                libc::SIGTRAP => self.direct_trap(p.sandbox.code(handed.info), cause.vector),
+                libc::SIGTRAP => self.direct_trap(p, p.sandbox.code(handed.info), cause.vector),
                 libc::SIGSEGV if cause.vector == OF_.into() => {
                     // INT 4 has been executed; the translator does it again.
                     let c = self.cpu_mut();
@@ -413,7 +424,7 @@ impl Vcpu {
     }
 
     /// A trap of debugging, which says `code` of itself.
-    fn direct_trap(&mut self, code: Option<i32>, vector: u64) -> Next {
+    fn direct_trap(&mut self, p: &mut Place, code: Option<i32>, vector: u64) -> Next {
         let rip = self.cpu().rip;
         let mut before = |n: u64| self.load(rip.wrapping_sub(n), n as usize, Who::User).ok();
         let length = match (code, vector) {
@@ -428,7 +439,10 @@ impl Vcpu {
                 return Next::Out;
             }
             // A breakpoint of `guard.rs`.
-            _ => 0,
+            _ => {
+                p.mirror.meets(rip);
+                0
+            }
         };
         self.cpu_mut().rip = rip.wrapping_sub(length);
         Next::Step
@@ -475,11 +489,7 @@ impl Vcpu {
 
     /// A page fault of guest code at `va`: map the page, or say what else.
     fn fill_direct(&mut self, p: &mut Place, va: u64, error: u64) -> Filled {
-        let kind = match error {
-            e if e & 16 != 0 => Kind::Fetch,
-            e if e & 2 != 0 => Kind::Write,
-            _ => Kind::Read,
-        };
+        let kind = kind_of(error);
         // A trap by TF may come in the middle of an instruction that faults on its way.
         let traced = p.frame.flags() & TF != 0;
         if traced || va >= stub::TOP || (stub::STUB..stub::END).contains(&va) {

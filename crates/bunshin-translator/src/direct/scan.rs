@@ -11,7 +11,7 @@ pub fn suspects(page: &[u8], next: Option<[u8; 2]>) -> Vec<usize> {
     let mut found = Vec::new();
     let at = |n: usize| page.get(n).copied().or_else(|| next?.get(n - page.len()).copied());
     let mut from = 0;
-    while let Some(step) = page[from..].iter().position(|&b| b == 0x0f) {
+    while let Some(step) = escape_in(&page[from..]) {
         let escape = from + step;
         from = escape + 1;
         let rdpid = match (at(escape + 1), at(escape + 2)) {
@@ -30,6 +30,29 @@ pub fn suspects(page: &[u8], next: Option<[u8; 2]>) -> Vec<usize> {
         found.extend(first..=escape);
     }
     found
+}
+
+/// Its last bytes are an instruction that shows the host, or not, depending on the page
+/// behind it.
+pub fn ends_open(page: &[u8]) -> bool {
+    matches!(page, [.., 0x0f] | [.., 0x0f, 0x01 | 0xc7])
+}
+
+/// Where the first 0F is. Eight bytes at a time: all code that runs is searched.
+fn escape_in(bytes: &[u8]) -> Option<usize> {
+    const ONES: u64 = u64::MAX / 0xff;
+    let mut words = bytes.chunks_exact(8);
+    let mut at = 0;
+    for word in &mut words {
+        let other = u64::from_le_bytes(word.try_into().unwrap()) ^ (0x0f * ONES);
+        // The lowest bit is right: borrows come from zero bytes only.
+        let zero = other.wrapping_sub(ONES) & !other & (ONES << 7);
+        if zero != 0 {
+            return Some(at + (zero.trailing_zeros() / 8) as usize);
+        }
+        at += 8;
+    }
+    words.remainder().iter().position(|&b| b == 0x0f).map(|n| at + n)
 }
 
 fn is_prefix(byte: u8) -> bool {
@@ -74,6 +97,33 @@ mod tests {
         assert!(suspects(&cut, Some([0x84, 0x90])).is_empty());
         assert!(suspects(&cut, None).is_empty());
         assert_eq!(suspects(&page(4094, &[0x0f, 0x01]), Some([0xf9, 0x90])), [4094]);
+    }
+
+    #[test]
+    fn an_end_is_open_where_the_next_page_decides() {
+        let cases: [(usize, &[u8], bool); 7] = [
+            (4095, &[0x0f], true),
+            (4094, &[0x0f, 0x01], true),
+            (4094, &[0x0f, 0xc7], true),
+            (4094, &[0x0f, 0xa2], false),
+            (4094, &[0x0f, 0x84], false),
+            (4093, &[0x0f, 0x01, 0xd0], false),
+            (0, &[0x90], false),
+        ];
+        for (at, bytes, open) in cases {
+            assert_eq!(ends_open(&page(at, bytes)), open, "{bytes:x?} at {at}");
+        }
+    }
+
+    #[test]
+    fn the_first_escape_is_found_in_any_place() {
+        for at in 0..40 {
+            for length in 0..40 {
+                let mut bytes = [0x0e; 40];
+                bytes[at] = 0x0f;
+                assert_eq!(escape_in(&bytes[..length]), (at < length).then_some(at));
+            }
+        }
     }
 
     #[test]
