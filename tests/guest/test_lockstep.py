@@ -168,6 +168,32 @@ def test_sti_at_the_end_of_a_page(run: Lockstep) -> None:
     assert "S5" in report.end
 
 
+@pytest.mark.parametrize(
+    "behind",
+    [
+        b"\xeb\x00",  # jmp behind it
+        b"\xe8\x00\x00\x00\x00\x5a",  # call behind it; pop rdx
+        b"\x74\x00",  # jz behind it
+        b"\xff\xe6",  # jmp rsi
+        b"\x0f\x20\xdf\x0f\x22\xdf",  # mov rdi,cr3; mov cr3,rdi
+        b"\x0f\x01\x3b",  # invlpg [rbx]
+        b"\x0f\x22\xdf",  # mov cr3,rdi
+        b"\x90",  # nop
+    ],
+)
+def test_an_interrupt_that_waits_comes_behind_one_instruction_after_sti(run: Lockstep, behind: bytes) -> None:
+    wait = b"\xb9\x4c\x04\x00\x00\xff\xc9\x75\xfc"  # mov ecx,1100; again: dec ecx; jnz again
+    before = pit(2, 0) + wait + b"\x0f\x20\xdf\xbb" + u32(DATA)  # mov rdi,cr3; mov ebx,DATA
+    target = LOAD + len(START) + len(before) + 5 + 1 + len(behind)
+    before += b"\xbe" + u32(target)  # mov esi,target
+    # The handler notes where it came from, and what had been counted by then.
+    handler = b"\x4c\x8b\x04\x24\x49\x89\xc1" + EOI  # mov r8,[rsp]; mov r9,rax
+    code = before + b"\xfb" + behind + b"\x48\xff\xc0" * 20 + END  # sti; ...; inc rax
+    report = run(guest(code, handler), grain=0)
+    assert report.agreed, report
+    assert "S5" in report.end
+
+
 # Planted faults -----------------------------------------------------------------------
 
 STORE_CODE = 0x12_0000

@@ -282,6 +282,26 @@ impl Unit<'_> {
         self.exit_to(target);
     }
 
+    /// In front of a branch in an interrupt shadow, at `ip`: leave if an interrupt waits, so
+    /// that it comes right behind the branch, which is performed alone.
+    pub(super) fn window_before(&mut self, ip: u64) {
+        self.claim_all();
+        self.flags_to_host(S2, ALL);
+        self.settle_stack();
+        if self.v.plant != Some(Plant::LostWindow) {
+            self.a.mov(S0, RCX);
+            self.a.load8(RCX, at::IRQ_WAITING);
+            let quiet = self.a.jrcxz();
+            self.a.mov(RCX, S0);
+            self.leave();
+            self.a.mov_imm(S0, ip);
+            self.a.jmp_abs(self.v.stubs.event);
+            self.a.land(quiet);
+            self.a.mov(RCX, S0);
+        }
+        self.a.store8_imm(at::SHADOW, 0);
+    }
+
     /// STI ends the block: the instruction that its shadow is for is performed alone.
     pub(super) fn leave_shadowed(&mut self, target: u64) {
         self.claim_all();

@@ -779,6 +779,15 @@ impl<'a> Unit<'a> {
         for (n, item) in s.items.iter().enumerate() {
             self.ahead = accesses_ahead(&s.items[n..]);
             self.now = n;
+            // What ends the block has no room behind it to look for interrupts.
+            if shadow && ends(&item.insn) {
+                if crate::interp::wants_helper(&item.insn, self.mode) || item.insn.code() == Code::INVALID {
+                    self.leave_shadowed(item.insn.ip());
+                    ended = true;
+                    break;
+                }
+                self.window_before(item.insn.ip());
+            }
             self.check_early(item);
             ended = self.instruction(item);
             if self.group.as_mut().is_some_and(|g| !g.step(item) || g.left == 0) {
