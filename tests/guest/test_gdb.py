@@ -200,6 +200,41 @@ def test_a_whole_session(guest: Start) -> None:
     assert server.machine.memory.read(LOAD, len(COUNTER)) == COUNTER
 
 
+def test_breakpoints_and_steps_on_each_engine(guest: Start, each_engine: str) -> None:
+    server = guest(COUNTER)
+    assert server.machine.engine_name == each_engine
+    with Client(server) as client:
+        client("qSupported:swbreak+")
+        for turn in (1, 2):
+            assert client(f"Z0,{FUNCTION:x},1") == "OK"
+            assert client("c") == "T05thread:1;swbreak:;"
+            assert (client.register(RIP), client.register(RAX)) == (FUNCTION, turn)
+            assert client(f"z0,{FUNCTION:x},1") == "OK"
+            for place in (FUNCTION + 4, LOAD + 21, LOOP, STORE):
+                assert client("s") == "T05thread:1;"
+                assert client.register(RIP) == place
+        assert client(f"m{DATA:x},8") == (2).to_bytes(8, "little").hex()
+        # KVM has four registers for all of them.
+        for place in range(5):
+            assert client(f"Z1,{LOAD + 0x1000 + place:x},1") == "OK"
+        if each_engine == "kvm":
+            assert client("c") == "E01"
+        for place in range(5):
+            assert client(f"z1,{LOAD + 0x1000 + place:x},1") == "OK"
+        client.send("c")
+        assert runs(server)
+        with stands(server):
+            assert client.interrupt() == "T02thread:1;"
+        client.set_register(RAX, 1_000_000_000)
+        client.set_register(RIP, LOOP)
+        client.send("c")
+        assert runs(server)
+        client.interrupt()
+        assert client.register(RAX) > 1_000_000_000
+        assert client("D") == "OK"
+    assert runs(server)
+
+
 def test_a_running_guest_stops_for_its_debugger(guest: Start) -> None:
     server = guest(COUNTER, paused=False)
     assert runs(server)

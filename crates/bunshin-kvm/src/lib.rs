@@ -19,6 +19,7 @@
 mod chips;
 mod clocks;
 pub mod cpuid;
+mod debug;
 mod engine;
 mod memory;
 pub mod probe;

@@ -6,9 +6,11 @@
 //!
 //! A kick sets `immediate_exit` first and sends a signal then: one that comes before
 //! KVM_RUN keeps it from running, one that comes later interrupts it.
+use crate::debug::Armed;
 use crate::memory::Memory;
 use crate::{clocks, cpuid, refused, state};
 use bunshin_core::cpuid::Leaf;
+use bunshin_core::debug::Debugging;
 use bunshin_core::{kick, CpuState, EngineError, Exit, Kicker, Reply, Result, Times, Vcpu};
 use kvm_bindings::{
     kvm_run, KVM_EXIT_DEBUG, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_INTR,
@@ -81,6 +83,8 @@ pub struct KvmVcpu {
     owed: Owed,
     failure: Option<Failure>,
     fatal: Option<Exit>,
+    /// What the host's debug registers wait for.
+    pub(crate) armed: Armed,
     /// Calls of KVM_RUN.
     entries: u64,
 }
@@ -119,6 +123,7 @@ impl KvmVcpu {
             owed: Owed::Nothing,
             failure: None,
             fatal: None,
+            armed: Armed::default(),
             entries: 0,
         };
         // One without these registers does without.
@@ -214,7 +219,12 @@ impl KvmVcpu {
                 self.fatal = Some(Exit::Shutdown { reason });
                 self.fatal.clone()
             }
-            KVM_EXIT_HLT | KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN | KVM_EXIT_DEBUG => None,
+            KVM_EXIT_DEBUG => {
+                // SAFETY: as above.
+                let debug = unsafe { union.debug };
+                self.armed.why(&debug.arch).map(|stop| Exit::Debug { stop })
+            }
+            KVM_EXIT_HLT | KVM_EXIT_INTR | KVM_EXIT_IRQ_WINDOW_OPEN => None,
             KVM_EXIT_INTERNAL_ERROR => {
                 // SAFETY: as above; the bytes only where the flag says so.
                 let (suberror, bytes) = unsafe {
@@ -362,6 +372,11 @@ impl Vcpu for KvmVcpu {
     fn set_state(&mut self, state: &CpuState) -> Result<()> {
         self.drain();
         state::write(self, state)
+    }
+
+    fn set_debug(&mut self, debugging: &Debugging) -> Result<()> {
+        debugging.check()?;
+        self.arm(debugging)
     }
 
     fn times(&mut self) -> Times {
