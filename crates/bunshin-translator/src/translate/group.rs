@@ -194,6 +194,6 @@ impl Unit<'_> {
                 break;
             }
         }
-        (count >= least).then_some(Group { low, span: high - low, shift: 0, write, left: count - 1, ..g })
+        (count >= least).then(|| Group { low, span: high - low, shift: 0, write, left: count - 1, ..g })
     }
 }
