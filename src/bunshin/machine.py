@@ -109,7 +109,7 @@ class Machine:
     Attributes:
         config: the checked configuration.
         engine_name, engine_reason: which engine runs it, and why.
-        engine_warning: what speaks against an engine that was asked for, or None.
+        engine_warning: what speaks against an engine that was asked for or moved to, or None.
         console: the far end of COM1.
         memory: guest RAM, read and written by gpa.
         bus: ports and MMIO; devices can be added and removed at any time.
@@ -346,6 +346,7 @@ class Machine:
                 with _NativeErrors(self._native):
                     self._engine.switch(name)
                 self.engine_name, self.engine_reason = name, "the machine was moved to it"
+                self.engine_warning = engines.choose(name).warning
             finally:
                 if running:
                     self._state = "running"

@@ -163,6 +163,7 @@ def test_a_move_waits_for_an_unfinished_access(
     # again: cmp byte [DATA+0x100],0; je again
     code += b"\x80\x3c\x25" + pack("<I", DATA + 0x100) + b"\0\x74\xf6" + POWER_OFF
     with Machine(guest(code), memory="32M", engine=begin, movable=True, devices=[device]) as machine:
+        assert (machine.engine_warning is not None) == (begin == "kvm" and emulates())
         machine.start()
         assert device.asked.wait(60)
         moving = threading.Thread(target=machine.switch_engine, args=(other,))
@@ -173,6 +174,7 @@ def test_a_move_waits_for_an_unfinished_access(
         machine.memory.write(DATA + 0x100, b"\1")
         assert machine.wait(60).kind == "power-off"
         assert machine.engine_name == other
+        assert (machine.engine_warning is not None) == (other == "kvm" and emulates())
         assert device.seen == expected
         first = 0x5555_5555_5555_5555.to_bytes(8, "little")[: expected[0][1]]
         second = 0x6666_6666_6666_6666.to_bytes(8, "little")[: expected[0][1]]

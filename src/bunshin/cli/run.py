@@ -193,6 +193,8 @@ def switch(machine: Machine, engine: str) -> None:
 
     try:
         machine.switch_engine(engine)
+        if machine.engine_warning:
+            complain(f"warning: {machine.engine_warning}")
     except BunshinError as error:
         if machine.status == "running":
             complain(f"--switch-at: {error}")
