@@ -13,7 +13,8 @@ it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -138,6 +139,16 @@ def create(name: str, cpus: int, movable: bool = False) -> Engine:
     except module.EngineError as error:
         raise from_native(error) from error
     return engine
+
+
+@contextmanager
+def native_errors() -> Iterator[None]:
+    """Turn the native module's errors into this package's."""
+    kind: type[BaseException] = native().EngineError
+    try:
+        yield
+    except kind as error:
+        raise from_native(error) from error
 
 
 def from_native(error: BaseException) -> EngineError:

@@ -187,7 +187,7 @@ class Machine:
         self._engine = engines.create(self.engine_name, self.config.cpus, movable)
         self.clock = Clock(self._failed)
         try:
-            with _NativeErrors(self._native):
+            with engines.native_errors():
                 self.memory = Memory(self._engine, self._native.Region, self.config.memory)
                 self._threads = [_Cpu(index, self._engine.vcpu(index)) for index in range(self.config.cpus)]
             self._dispatch = self._native.Dispatch()
@@ -229,7 +229,7 @@ class Machine:
         with self._lock:
             if self._state != "built" or self._closed:
                 raise ConfigError("machine-state", "start: this machine was started or closed")
-            with _NativeErrors(self._native):
+            with engines.native_errors():
                 state = booting.load(
                     self.config,
                     self.memory.ranges,
@@ -323,16 +323,14 @@ class Machine:
         takes some milliseconds; the guest's time goes on meanwhile.
 
         Args:
-            name: `kvm` or `translator`; nothing happens where that is the engine.
+            name: `kvm`, `translator` or `auto`; nothing happens where that is the engine.
         Raises:
             ConfigError: no such engine, or the machine has ended.
             EngineError: this host does not have that engine, or it cannot keep what the
                 guest was told of its processor (see `movable`). The machine goes on as
                 it was.
         """
-        if name not in engines.AVAILABLE:
-            there = ", ".join(engines.AVAILABLE)
-            raise ConfigError("engine-unknown", f"engine: {name!r} is unknown; there are: {there}")
+        name, _, warning = engines.choose(name)
         with self._lock:
             if self._closed or self._state not in ("built", "running", "paused"):
                 raise ConfigError("machine-state", f"switch_engine: this machine is {self.status}")
@@ -343,10 +341,10 @@ class Machine:
                 if self._state != "switching":
                     raise ConfigError("machine-state", f"switch_engine: this machine is {self.status}")
             try:
-                with _NativeErrors(self._native):
+                with engines.native_errors():
                     self._engine.switch(name)
                 self.engine_name, self.engine_reason = name, "the machine was moved to it"
-                self.engine_warning = engines.choose(name).warning
+                self.engine_warning = warning
             finally:
                 if running:
                     self._state = "running"
@@ -462,7 +460,7 @@ class Machine:
 
         def call() -> None:
             try:
-                with _NativeErrors(self._native):
+                with engines.native_errors():
                     done.append(action(cpu.vcpu))
             except BaseException as error:
                 failed.append(error)
@@ -675,7 +673,7 @@ class Machine:
             names = from_kernel(self.config.kernel)
         else:
             names = from_file(os.fspath(symbols))
-        with _NativeErrors(self._native):
+        with engines.native_errors():
             self._native.perf_map(PERF_MAP.format(os.getpid()), names)
 
     def _type(self, data: bytes) -> bool:
@@ -684,20 +682,6 @@ class Machine:
     def _gate_a20(self, open_: bool) -> None:
         # By way of the machine: the board must not keep a closed engine's memory.
         self._engine.set_a20(open_)
-
-
-class _NativeErrors:
-    """Turns the native module's errors into this package's."""
-
-    def __init__(self, native: Any) -> None:
-        self._kind: type[BaseException] = native.EngineError
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if error is not None and isinstance(error, self._kind):
-            raise engines.from_native(error) from error
 
 
 def _from_image(

@@ -273,7 +273,7 @@ def test_moving_to_another_engine(native: Any, kernel: str) -> None:
         for cpu in range(2):
             machine.cpu_registers(cpu)
         assert [vcpu.skipped for vcpu in native.vcpus] == [[500], [500]]
-        with pytest.raises(ConfigError, match="'xen' is unknown; there are: kvm, translator"):
+        with pytest.raises(ConfigError, match="'xen' is unknown; there are: auto, kvm"):
             machine.switch_engine("xen")
     with pytest.raises(ConfigError, match="this machine is closed"):
         machine.switch_engine("kvm")
