@@ -250,7 +250,10 @@ impl Machine {
         }
         for (processor, cell) in processors.iter_mut().zip(&self.cells) {
             processor.be(to);
-            cell.kicks_to(processor.kicker());
+            let kicker = processor.kicker();
+            cell.kicks_to(kicker.clone());
+            // One more than needed does no harm, one that went to the old engine would.
+            kicker.kick();
         }
         engines.current = to;
         self.moved.store(true, Ordering::Release);

@@ -56,11 +56,9 @@ impl Cell {
         }
     }
 
-    /// From now on. One kick more than needed does no harm, one that went to the old
-    /// engine would.
+    /// From now on.
     pub fn kicks_to(&self, kicker: Arc<dyn Kicker>) {
-        *self.kicks.0.write().unwrap_or_else(PoisonError::into_inner) = Some(kicker.clone());
-        kicker.kick();
+        *self.kicks.0.write().unwrap_or_else(PoisonError::into_inner) = Some(kicker);
     }
 }
 
