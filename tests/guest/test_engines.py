@@ -311,7 +311,7 @@ def test_what_nobody_can_do_is_said(guest: Callable[..., str]) -> None:
 
 SYSCALL_IN_PLACE = (
     "this kind of KVM stays in user mode at a SYSCALL that it lets the host's processor perform, "
-    "so Linux comes no further than its first processes"
+    "so a process of Linux may fault there"
 )
 SYSCALL = bytes.fromhex(
     "bc00001600"  # mov esp,0x160000
