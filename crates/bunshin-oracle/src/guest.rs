@@ -155,6 +155,11 @@ impl Guest {
         self.vcpu.stats()
     }
 
+    /// The guest does not notice that so many ticks have passed, as after a pause.
+    pub fn skip_time(&mut self, ticks: u64) {
+        self.vcpu.skip_time(ticks);
+    }
+
     fn write(&self, address: u64, bytes: &[u8]) {
         if let Some(offset) = image_offset(address, bytes.len()) {
             self.engine.write(ARENA + offset as u64, bytes);

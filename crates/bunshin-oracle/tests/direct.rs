@@ -142,3 +142,56 @@ fn endless_loops_stop_when_kicked() {
     }
     assert!(count(&guest, "direct_traps") > 0);
 }
+
+/// An instruction that lies in two pages which have not enough breakpoints together, each
+/// for bytes that would be CPUID.
+#[test]
+fn an_instruction_in_two_guarded_pages_gets_on() {
+    if !possible() {
+        return;
+    }
+    let _arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    let (mut guest, mut native) = (translated::direct().unwrap(), Native::new().unwrap());
+    // jmp over the bytes; mov rax, imm64, half of it behind the page's end; the same again.
+    let skip = |n: usize| {
+        let mut bytes = vec![0xeb, 2 * n as u8];
+        bytes.extend([0x0f, 0xa2].repeat(n));
+        bytes
+    };
+    let over = vec![0x48, 0xb8, 1, 2, 3, 4, 5, 6, 7, 8];
+    for counts in [(1, 4), (4, 1), (4, 4), (3, 2), (20, 1), (1, 20)] {
+        let first = skip(counts.0);
+        let at = CODE + 4096 - 5 - first.len() as u64;
+        let case = Case::new(at, vec![first, over.clone(), skip(counts.1)]);
+        let (expected, found) = (native.run(&case), guest.run(&case));
+        assert_eq!(found.stop, expected.stop, "{counts:?}");
+        assert_eq!(found.state.gpr, expected.state.gpr, "{counts:?}");
+        assert_eq!(found.state.gpr[0], 0x0807_0605_0403_0201);
+    }
+    assert_eq!(count(&guest, "direct_losses"), 0);
+}
+
+#[test]
+fn a_counter_with_an_offset_is_the_guests() {
+    if !possible() {
+        return;
+    }
+    let _arena = ARENA.lock().unwrap_or_else(PoisonError::into_inner);
+    const SKIPPED: u64 = 1 << 50;
+    let mut guest = translated::direct().unwrap();
+    // rdtsc; shl rdx, 32; or rax, rdx; mov rbx, rax; rdtscp
+    let code =
+        [&[0x0f, 0x31][..], &[0x48, 0xc1, 0xe2, 32], &[0x48, 9, 0xd0], &[0x48, 0x89, 0xc3], &[0x0f, 1, 0xf9]];
+    let case = Case::new(CODE, code.iter().map(|i| i.to_vec()).collect());
+    let before = guest.run(&case).state.gpr[3];
+    let traps = count(&guest, "direct_traps");
+    guest.skip_time(SKIPPED);
+    let outcome = guest.run(&case);
+    let (first, second) = (outcome.state.gpr[3], outcome.state.gpr[0] | outcome.state.gpr[2] << 32);
+    let passed = first.wrapping_add(SKIPPED).wrapping_sub(before);
+    assert!(passed < 1 << 40, "{passed:#x} ticks passed");
+    assert!(second.wrapping_sub(first) < 1 << 40, "RDTSCP agrees with RDTSC");
+    // Both trapped, and the case itself ended in a trap.
+    assert!(count(&guest, "direct_traps") >= traps + 3);
+    assert_eq!(count(&guest, "direct_losses"), 0);
+}

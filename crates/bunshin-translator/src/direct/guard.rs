@@ -53,18 +53,22 @@ pub struct Guard {
 
 impl Guard {
     /// Breakpoints at `places` of the page at `va`. Pages whose breakpoints had to make
-    /// room come back: they must not be executable any more.
+    /// room come back: they must not be executable any more. `keep` is not among them: an
+    /// instruction may lie in two pages.
     ///
     /// # Errors
     /// There are more places than breakpoints, or the host does not give any.
-    pub fn set(&mut self, pid: i32, va: u64, places: &[usize]) -> Result<Vec<u64>> {
+    pub fn set(&mut self, pid: i32, va: u64, places: &[usize], keep: u64) -> Result<Vec<u64>> {
         self.forget(va);
         if places.len() > BREAKPOINTS {
             return Err(EngineError::new("sandbox", "more places than the processor has breakpoints"));
         }
         let mut gone = Vec::new();
         while self.set.len() + places.len() > BREAKPOINTS {
-            let page = self.set[0].0 & !0xfff;
+            let page = self.set.iter().map(|(at, _)| at & !0xfff).find(|&page| page != keep);
+            let Some(page) = page else {
+                return Err(EngineError::new("sandbox", "one instruction needs all breakpoints"));
+            };
             self.forget(page);
             gone.push(page);
         }

@@ -22,6 +22,7 @@ mod filter;
 mod frame;
 mod guard;
 mod pages;
+mod policy;
 mod sandbox;
 mod scan;
 mod stub;
@@ -34,6 +35,7 @@ use bunshin_core::{clock, EngineError, Exit, Result};
 use frame::Frame;
 use pages::Mirror;
 pub use pages::Stale;
+use policy::Standing;
 use sandbox::{Handed, Sandbox, Start};
 use std::ops::ControlFlow;
 use std::os::fd::RawFd;
@@ -42,17 +44,9 @@ use std::sync::atomic::Ordering;
 pub use sandbox::STOP;
 pub use stub::sandbox_addresses;
 
-/// User time that an address space has behind it before it goes direct, nanoseconds.
-const TRIAL_NS: u64 = 2_000_000;
-/// Stretches of user code between entries into the kernel: average under the translator
-/// from which direct execution pays, and of a sandbox below which it does not, hand-over
-/// included.
-const WORTH_NS: u64 = 30_000;
-const WASTE_NS: u64 = 18_000;
-/// Ways there and back for nothing, without a long stretch between them.
-const UNGUARDED: u32 = 8;
-/// Weight of one stretch in the average: 1 / 16.
-const WEIGHT: u32 = 4;
+/// Most instructions performed one by one in a page that cannot be guarded, before the
+/// translator takes the stretch over: as long as a hand-over or two.
+const VISIT: u32 = 100;
 
 /// Selectors of user mode under Linux: no others run directly.
 const CODE: u16 = 0x33;
@@ -64,29 +58,13 @@ const TRAP_TRACE: i32 = 2;
 /// Bit of DR6: single-step.
 const BS: u64 = 1 << 14;
 
-/// How one address space fares.
-#[derive(Default)]
-struct Standing {
-    cr3: u64,
-    /// User time so far, ticks.
-    total: u64,
-    /// Running average of a stretch of user code, ticks.
-    stretch: u64,
-    /// Runs directly.
-    on: bool,
-    /// Times that it was sent back to the translator.
-    relapses: u32,
-    /// Times in a row that it came to code that cannot be guarded.
-    unguarded: u32,
-    /// Something about it cannot be done directly.
-    refused: bool,
-}
-
 /// A sandbox and what it mirrors.
 struct Place {
     sandbox: Sandbox,
     frame: Frame,
     mirror: Mirror,
+    /// The guest's time-stamp counter is not the host's, so reading it traps.
+    offset: bool,
 }
 
 /// Direct execution on one processor.
@@ -117,7 +95,7 @@ pub enum Choice {
 
 /// Whether the host can make a sandbox.
 pub fn probe() -> Result<()> {
-    let (sandbox, handed) = Sandbox::new(&[])?;
+    let (sandbox, handed) = Sandbox::new(&[], false)?;
     let whole = Frame::new(sandbox.shared(), handed.context).is_some();
     whole
         .then_some(())
@@ -140,34 +118,17 @@ impl Direct {
         }
     }
 
-    fn ticks(&self, ns: u64) -> u64 {
-        ns * self.ticks_per_us / 1000
+    fn ns(&self, ticks: u64) -> u64 {
+        ticks.saturating_mul(1000) / self.ticks_per_us
     }
 
-    /// A stretch of user code in `region` is over. Called inside translated code too.
-    fn stretch(&mut self, region: usize, cr3: u64, ticks: u64) {
-        let (trial, worth, waste) = (self.ticks(TRIAL_NS), self.ticks(WORTH_NS), self.ticks(WASTE_NS));
+    /// How the address space fares that `region` has now.
+    fn standing(&mut self, region: usize, cr3: u64) -> &mut Standing {
         let s = &mut self.standings[region];
         if s.cr3 != cr3 {
-            *s = Standing { cr3, stretch: ticks, ..Standing::default() };
+            *s = Standing::new(cr3);
         }
-        s.total = s.total.saturating_add(ticks);
-        // A long stretch says no more than that it was long enough.
-        s.stretch = s.stretch - (s.stretch >> WEIGHT) + (ticks.min(worth << WEIGHT) >> WEIGHT);
-        if ticks > trial / 2 {
-            s.unguarded = 0;
-        }
-        if s.on && (s.stretch < waste || s.unguarded >= UNGUARDED) && !self.eager {
-            s.on = false;
-            s.unguarded = 0;
-            s.relapses += 1;
-            s.total = 0;
-        } else if !s.on
-            && !s.refused
-            && (self.eager || s.total >= trial << s.relapses.min(10) && s.stretch >= worth)
-        {
-            s.on = true;
-        }
+        s
     }
 
     /// The region `region` has a page at index `page` that must not be stored to.
@@ -184,6 +145,8 @@ enum Next {
     Out,
     /// The instruction at rip is the translator's.
     Step,
+    /// So is all of the page that it lies in.
+    Page,
 }
 
 /// The access that the error code of a page fault tells of.
@@ -204,11 +167,17 @@ impl Vcpu {
             d.rest = false;
             d.since = clock::rdtsc();
             if d.eager {
-                d.stretch(region, cr3, 0);
+                d.standing(region, cr3).insist();
             }
         } else if before != 0 && region == 0 && d.since != 0 {
             let ticks = clock::rdtsc() - std::mem::take(&mut d.since);
-            d.stretch(before, cr3, ticks);
+            let ns = d.ns(ticks);
+            let eager = d.eager;
+            let s = d.standing(before, cr3);
+            s.stretch(ns);
+            if eager {
+                s.insist();
+            }
         }
     }
 
@@ -217,7 +186,7 @@ impl Vcpu {
         self.direct.as_ref().is_some_and(|d| {
             self.region != 0
                 && !d.rest
-                && d.standings[self.region].on
+                && d.standings[self.region].is_on()
                 && d.standings[self.region].cr3 == self.cpu().cr3 & !0xfff
         })
     }
@@ -237,7 +206,6 @@ impl Vcpu {
             && c.seg[2].selector == DATA
             && [0, 3].iter().all(|&n| c.seg[n].selector <= 3 || c.seg[n].selector == DATA)
             && [4, 5].iter().all(|&n| c.seg[n].selector == 0)
-            && c.tsc_offset == 0
             && c.eflags & (TF | RF | NT | VM) == 0
             && c.iflag != 0
             && c.shadow == 0
@@ -254,22 +222,20 @@ impl Vcpu {
 
     /// The translator has user mode until it is entered again.
     fn rest_direct(&mut self) {
-        let (region, cr3) = (self.region, self.cpu().cr3 & !0xfff);
         if let Some(d) = &mut self.direct {
             d.rest = true;
-            // A way there and back for nothing.
-            d.standings[region].unguarded += 1;
-            d.stretch(region, cr3, 0);
         }
     }
 
+    /// The translator has this address space from now on.
     fn refuse_direct(&mut self) {
-        let region = self.region;
+        let (region, cr3) = (self.region, self.cpu().cr3 & !0xfff);
         if let Some(d) = &mut self.direct {
             d.rest = true;
             d.places[region] = None;
-            d.standings[region].on = d.eager;
-            d.standings[region].refused = !d.eager;
+            if !d.eager {
+                d.standing(region, cr3).refuse();
+            }
         }
     }
 
@@ -283,27 +249,31 @@ impl Vcpu {
             d.places.iter_mut().for_each(|p| *p = None);
         }
         let region = self.region;
-        d.since = 0;
         d.rest = !ready;
         let mut place = if ready { d.places[region].take() } else { None };
+        let offset = self.cpu().tsc_offset != 0;
+        if place.as_ref().is_some_and(|p| p.offset != offset) {
+            place = None;
+        }
         if ready && place.is_none() {
             place = self.new_place(&d.files);
-            d.rest = place.is_none();
-            d.standings[region].refused |= d.rest;
-            d.standings[region].on &= !d.rest;
         }
         self.direct = Some(d);
-        let Some(mut place) = place else { return ControlFlow::Continue(()) };
+        let Some(mut place) = place else {
+            if ready {
+                self.refuse_direct();
+            }
+            return ControlFlow::Continue(());
+        };
         let started = clock::rdtsc();
         let next = self.run_place(&mut place);
         let ticks = clock::rdtsc() - started;
         self.times.direct += ticks;
-        let (cr3, left) = (self.cpu().cr3 & !0xfff, self.region == 0);
+        let cr3 = self.cpu().cr3 & !0xfff;
         if let Some(d) = &mut self.direct {
-            if left {
-                d.stretch(region, cr3, ticks);
-            } else {
-                d.since = clock::rdtsc();
+            if let Some(Next::Page) = next {
+                let ns = d.ns(ticks);
+                d.standing(region, cr3).visit(ns);
             }
             match next {
                 Some(_) => d.places[region] = Some(place),
@@ -325,17 +295,52 @@ impl Vcpu {
                     None => ControlFlow::Continue(()),
                 }
             }
+            Some(Next::Page) => self.visit_page(),
             _ => ControlFlow::Continue(()),
         }
     }
 
+    /// Perform instructions one by one until they leave the page that rip is in: it may
+    /// show the host, so it has no mapping. Code that stays is the translator's.
+    fn visit_page(&mut self) -> ControlFlow<Option<Exit>> {
+        self.counters.direct_unguarded += 1;
+        let page = self.cpu().rip & !0xfff;
+        for _ in 0..VISIT {
+            self.counters.direct_steps += 1;
+            if let Some(e) = self.step() {
+                return ControlFlow::Break(Some(e));
+            }
+            let pending = self.cpu().pending.load(Ordering::Relaxed) != 0;
+            if pending || self.look || self.cpu().rip & !0xfff != page || !self.can_go_direct() {
+                return ControlFlow::Continue(());
+            }
+        }
+        self.rest_direct();
+        ControlFlow::Continue(())
+    }
+
+    /// Breakpoints went from one page to another, the last time at `ran`. False: that is
+    /// too often.
+    fn still_pays(&mut self, ran: &mut u64) -> bool {
+        let now = clock::rdtsc();
+        let ticks = now - std::mem::replace(ran, now);
+        let (region, cr3) = (self.region, self.cpu().cr3 & !0xfff);
+        self.direct.as_mut().is_none_or(|d| {
+            let (ns, eager) = (d.ns(ticks), d.eager);
+            let s = d.standing(region, cr3);
+            s.visit(ns);
+            eager || s.is_on()
+        })
+    }
+
     fn new_place(&mut self, files: &[RawFd]) -> Option<Place> {
-        let (sandbox, handed) = Sandbox::new(files).ok()?;
+        let offset = self.cpu().tsc_offset != 0;
+        let (sandbox, handed) = Sandbox::new(files, offset).ok()?;
         let frame = Frame::new(sandbox.shared(), handed.context)?;
         self.counters.direct_sandboxes += 1;
         // What the region dropped before concerns nobody.
         self.regions.all[self.region].stale = Stale::default();
-        Some(Place { sandbox, frame, mirror: Mirror::default() })
+        Some(Place { sandbox, frame, mirror: Mirror::default(), offset })
     }
 
     /// None: the sandbox is lost.
@@ -351,6 +356,7 @@ impl Vcpu {
             selectors: [3, 0, 4, 5].map(|n: usize| c.seg[n].selector),
             flags: p.frame.flags() & !TF,
         };
+        let mut ran = clock::rdtsc();
         loop {
             p.mirror.settle(&mut p.sandbox);
             // From here on a kick goes on to the sandbox.
@@ -369,7 +375,8 @@ impl Vcpu {
                 match self.fill_direct(p, cause.address, cause.error) {
                     Filled::Retry => {
                         self.counters.direct_fills += 1;
-                        if self.cpu().pending.load(Ordering::Relaxed) == 0 {
+                        let goes_on = !p.mirror.take_evicted() || self.still_pays(&mut ran);
+                        if goes_on && self.cpu().pending.load(Ordering::Relaxed) == 0 {
                             (start.fs, start.gs) = (handed.fs, handed.gs);
                             start.selectors = handed.selectors;
                             start.flags = p.frame.flags() & !TF;
@@ -380,7 +387,8 @@ impl Vcpu {
                     }
                     Filled::Slow => {
                         self.take_registers(p, handed)?;
-                        return Some(Next::Step);
+                        let page = p.mirror.take_unguarded();
+                        return Some(if page { Next::Page } else { Next::Step });
                     }
                     Filled::Fault(e) => {
                         self.take_registers(p, handed)?;
@@ -498,6 +506,6 @@ impl Vcpu {
         if kind == Kind::Write && p.mirror.gives_up(va, p.frame.rip(), &mut p.sandbox) {
             return Filled::Slow;
         }
-        self.mirror_page(&mut p.mirror, &mut p.sandbox, va, kind)
+        self.mirror_page(&mut p.mirror, &mut p.sandbox, va, kind, p.frame.rip())
     }
 }

@@ -89,6 +89,10 @@ pub struct Mirror {
     open: Vec<u64>,
     /// The guest's kernel was told of a fault there: it is likely to have a page now.
     faulted: Option<(u64, Kind)>,
+    /// The last page that was asked for could show the host.
+    unguarded: bool,
+    /// Pages had to go for want of breakpoints.
+    evicted: bool,
     stale: Stale,
     guard: Guard,
 }
@@ -113,6 +117,16 @@ impl Mirror {
     /// The guest's kernel sees a fault at `va`.
     pub fn faults(&mut self, va: u64, kind: Kind) {
         self.faulted = Some((va & !0xfff, kind));
+    }
+
+    /// The page that could not be mapped may show the host. Tells it once.
+    pub fn take_unguarded(&mut self) -> bool {
+        std::mem::take(&mut self.unguarded)
+    }
+
+    /// Pages had to go for want of breakpoints. Tells it once.
+    pub fn take_evicted(&mut self) -> bool {
+        std::mem::take(&mut self.evicted)
     }
 
     /// A breakpoint of the page at `va` was met.
@@ -342,6 +356,7 @@ impl Vcpu {
         sandbox: &mut Sandbox,
         va: u64,
         kind: Kind,
+        rip: u64,
     ) -> Filled {
         let m = match self.walk(va, Who::User, kind) {
             Ok(m) => m,
@@ -362,11 +377,11 @@ impl Vcpu {
         }
         let (places, open) = if kind == Kind::Fetch { self.search(va, m.gpa) } else { (Vec::new(), false) };
         if !places.is_empty() {
-            let Ok(gone) = mirror.guard.set(sandbox.pid(), va, &places) else {
-                self.counters.direct_unguarded += 1;
-                self.rest_direct();
+            let Ok(gone) = mirror.guard.set(sandbox.pid(), va, &places, rip & !0xfff) else {
+                mirror.unguarded = true;
                 return Filled::Slow;
             };
+            mirror.evicted |= !gone.is_empty();
             for page in gone {
                 mirror.unmap(page, sandbox);
             }

@@ -108,8 +108,8 @@ fn write_all(fd: &OwnedFd, bytes: &[u8]) -> Result<()> {
 
 impl Sandbox {
     /// A sandbox that may map `files` (its descriptors are `SHARED_FD + 1` and up), stopped
-    /// at its first trap.
-    pub fn new(files: &[RawFd]) -> Result<(Self, Handed)> {
+    /// at its first trap. `no_tsc`: RDTSC and RDTSCP trap.
+    pub fn new(files: &[RawFd], no_tsc: bool) -> Result<(Self, Handed)> {
         let stub = Stub::new();
         let program = memfd(c"bunshin-sandbox")?;
         write_all(&program, &stub.program())?;
@@ -138,7 +138,7 @@ impl Sandbox {
         }
         let secret = u32::from_ne_bytes(secret);
         let mut s = Self { pid: 0, listener: program, shared: shared.cast(), id: 0, secret, commands: 0 };
-        s.prepare(&stub, files.len());
+        s.prepare(&stub, files.len(), no_tsc);
         let program = std::mem::replace(&mut s.listener, memfd(c"bunshin-none")?);
         s.pid = spawn(&program, &memory, files)?;
         s.listener = s.take_listener()?;
@@ -155,13 +155,17 @@ impl Sandbox {
 
     /// Commands that the stub begins with: forget the program's stack and the vDSO, close
     /// all else, take signals, go under the filter.
-    fn prepare(&mut self, stub: &Stub, files: usize) {
+    fn prepare(&mut self, stub: &Stub, files: usize, no_tsc: bool) {
         let last = SHARED_FD as u64 + files as u64;
         self.command(libc::SYS_munmap, [0, STUB, 0, 0, 0, 0]);
         self.command(libc::SYS_munmap, [END, TOP - END, 0, 0, 0, 0]);
         self.command(libc::SYS_close_range, [0, SHARED_FD as u64, 0, 0, 0, 0]);
         self.command(libc::SYS_close_range, [last + 1, u32::MAX.into(), 0, 0, 0, 0]);
         self.command(libc::SYS_prctl, [libc::PR_SET_PDEATHSIG as u64, libc::SIGKILL as u64, 0, 0, 0, 0]);
+        if no_tsc {
+            let way = libc::PR_TSC_SIGSEGV as u64;
+            self.command(libc::SYS_prctl, [libc::PR_SET_TSC as u64, way, 0, 0, 0, 0]);
+        }
         let at = |offset: usize| ORDERS + (SCRATCH + offset) as u64;
         // No core files: struct rlimit.
         self.command(libc::SYS_setrlimit, [libc::RLIMIT_CORE.into(), at(0), 0, 0, 0, 0]);
