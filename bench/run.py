@@ -63,13 +63,14 @@ class Setup:
     base: Path
     """The initramfs that the yardstick's archive goes behind."""
     platforms: list[str]
+    engine: str = "translator"
     notes: list[str] = field(default_factory=list)
 
     def command(self, platform: str, initrd: Path, cpus: int = 1) -> list[str]:
         """The command line that boots `initrd` and ends with the guest."""
         if platform == "bunshin":
             return [
-                *(sys.executable, "-m", "bunshin.cli", "run", "--engine", "translator"),
+                *(sys.executable, "-m", "bunshin.cli", "run", "--engine", self.engine),
                 *("--kernel", str(self.kernel), "--initrd", str(initrd)),
                 *("--append", payload.APPEND, "--memory", "512M", "--cpus", str(cpus)),
             ]
@@ -123,6 +124,9 @@ def conclude(results: summary.Results) -> None:
         rows.append([row.name, *shown, f"{sign} {row.limit:g} {row.unit}".strip(), verdict])
     table(rows)
     lacks = summary.missing(results)
+    if results["engine"] != "translator":
+        print(f"{PICTURE.name} is not drawn: it shows the translator.")
+        return
     if lacks:
         more = f" and {len(lacks) - 3} more" if len(lacks) > 3 else ""
         print(f"{PICTURE.name} is not drawn, since this is not a whole run: {', '.join(lacks[:3])}{more}.")
@@ -140,6 +144,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--without", choices=PLATFORMS, action="append", default=[], help="leave one out")
     parser.add_argument("--kernel", type=Path, help="a bzImage; default: that of the image 'tiny'")
     parser.add_argument("--initrd", type=Path, help="a busybox initramfs; default: that of 'tiny'")
+    parser.add_argument(
+        "--engine",
+        choices=("translator", "direct"),
+        default="translator",
+        help="bunshin's engine in the sections with a guest (default translator)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write all figures here")
     options = parser.parse_args()
     options.runs = options.runs or (1 if options.quick else 3)
@@ -153,7 +163,7 @@ def prepare(options: argparse.Namespace) -> Setup:
         tiny = images.get("tiny")
         kernel, initrd = kernel or Path(tiny.kernel), initrd or Path(tiny.initrd)
     platforms = [platform for platform in PLATFORMS if platform not in options.without]
-    setup = Setup(kernel, initrd, platforms)
+    setup = Setup(kernel, initrd, platforms, options.engine)
     if "qemu" in platforms and shutil.which("qemu-system-x86_64") is None:
         platforms.remove("qemu")
         setup.notes.append("QEMU is not installed (apt-get install qemu-system-x86): no column for it.")
@@ -183,6 +193,7 @@ def about(setup: Setup, options: argparse.Namespace) -> summary.Results:
         "commit": described.stdout.strip(),
         "host": model,
         "cpus": len(os.sched_getaffinity(0)),
+        "engine": setup.engine,
         "kernel": release(setup.kernel),
         "quick": options.quick,
         "rounds": options.runs,
