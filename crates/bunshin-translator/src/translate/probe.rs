@@ -39,6 +39,13 @@ fn faults_plainly(i: &Instruction) -> bool {
     !x87 && !mmx && i.op_mask() == Register::None
 }
 
+/// A high byte register is swapped with the low one around the instruction.
+fn swaps(place: Place) -> bool {
+    let Place::Operand(i) = place else { return false };
+    let high = |k| i.op_kind(k) == OpKind::Register && gpr_number(i.op_register(k)).is_some_and(|g| g.1);
+    (0..i.op_count()).any(high)
+}
+
 impl Unit<'_> {
     /// The address `from` bytes past an operand, of which `span` bytes are used, into
     /// r8; uses r9 (and r10 for bit strings and segments that are looked at).
@@ -182,14 +189,7 @@ impl Unit<'_> {
             Place::Frame => (5, from),
             _ => return None,
         };
-        // A high byte register is swapped with the low one around the instruction.
-        let swapped = match place {
-            Place::Operand(i) => (0..i.op_count()).any(|k| {
-                i.op_kind(k) == OpKind::Register && gpr_number(i.op_register(k)).is_some_and(|g| g.1)
-            }),
-            _ => false,
-        };
-        Some((self.home(n).filter(|_| !swapped)?, i32::try_from(disp).ok()?))
+        Some((self.home(n).filter(|_| !swaps(place))?, i32::try_from(disp).ok()?))
     }
 
     /// Emit the check that `span` bytes from `place + from` can be accessed, and
@@ -208,6 +208,8 @@ impl Unit<'_> {
         let fixed = self.locate(place, (from, span), write).map(|c| 8 * ((c >> 12) as u32 & 0xffff));
         let way = match fixed {
             Some(n) => Way::Fixed(n),
+            // What an empty slot lets through would fault between the swaps.
+            None if swaps(place) => Way::Table,
             None => self.slot().map_or(Way::Table, Way::Slot),
         };
         let direct = self.direct(place, from).filter(|_| matches!(way, Way::Slot(_)));
