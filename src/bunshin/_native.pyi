@@ -21,6 +21,7 @@ __all__ = [
     "Region",
     "Vcpu",
     "__version__",
+    "direct_execution",
     "disassemble",
     "host_features",
     "perf_map",
@@ -254,6 +255,13 @@ def perf_map(path: str | os.PathLike[str], symbols: list[tuple[int, str]]) -> No
 
     For the whole process; machines that exist already are not named. `symbols` is the
     guest's: address and name of supervisor code. Raises EngineError (`perf-map`).
+    """
+
+def direct_execution() -> bool:
+    """Whether the host gives breakpoints for direct execution.
+
+    Raises:
+        EngineError: it is not possible here; the sentence says why.
     """
 
 def host_features() -> dict[str, bool]:

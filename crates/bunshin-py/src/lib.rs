@@ -73,6 +73,13 @@ fn probe_kvm(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(figures)
 }
 
+/// Whether the host gives breakpoints for direct execution; an EngineError says why that is
+/// not possible here at all.
+#[pyfunction]
+fn direct_execution(py: Python<'_>) -> PyResult<bool> {
+    py.allow_threads(bunshin_translator::probe_direct).map_err(raise)
+}
+
 /// Write names of translated code for perf to `path`, for the whole process.
 #[pyfunction]
 fn perf_map(py: Python<'_>, path: PathBuf, symbols: Vec<(u64, String)>) -> PyResult<()> {
@@ -105,5 +112,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(disassemble, module)?)?;
     module.add_function(wrap_pyfunction!(perf_map, module)?)?;
     module.add_function(wrap_pyfunction!(probe_kvm, module)?)?;
+    module.add_function(wrap_pyfunction!(direct_execution, module)?)?;
     module.add_function(wrap_pyfunction!(host_features, module)?)
 }

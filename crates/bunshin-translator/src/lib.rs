@@ -43,7 +43,7 @@ mod vector;
 mod xstate;
 
 pub use count::Plant;
-pub use direct::{sandbox_addresses, Choice};
+pub use direct::{probe as probe_direct, sandbox_addresses, Choice};
 pub use engine::{TranslatorEngine, TranslatorVcpu};
 pub use insn::disassemble;
 pub use vcpu::Effort;

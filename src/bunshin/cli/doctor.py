@@ -27,6 +27,8 @@ def main(values: Values) -> int:
     native(troubles)
     say("/dev/kvm", kvm())
     engine(troubles)
+    if not troubles:
+        say("direct", direct())
     for trouble in troubles:
         say("trouble", trouble)
     say("verdict", "machines cannot run here" if troubles else "machines can run here")
@@ -112,6 +114,34 @@ def engine(troubles: list[str]) -> None:
     except BunshinError as error:
         if str(error) not in troubles:
             troubles.append(str(error))
+
+
+def direct() -> str:
+    """Whether `--engine direct` is possible here, and what it lacks: tried, not guessed."""
+    from bunshin.engine import from_native
+    from bunshin.engine import native as load
+
+    module = load()
+    try:
+        breakpoints = module.direct_execution()
+    except module.EngineError as error:
+        return f"no --engine direct: {from_native(error)}"
+    if breakpoints:
+        return "--engine direct (experimental) is possible"
+    paranoid = _text("/proc/sys/kernel/perf_event_paranoid")
+    return (
+        "--engine direct (experimental) is possible, but the host gives no breakpoints "
+        f"(perf_event_paranoid is {paranoid or 'unknown'}): code next to what may be CPUID is translated"
+    )
+
+
+def _text(path: str) -> str:
+    """What a file below /proc says, or nothing."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
 
 
 def _field(path: str, name: str) -> str:

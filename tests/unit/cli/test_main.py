@@ -156,6 +156,18 @@ class Native:
     def probe_kvm() -> dict[str, Any]:
         return {"refusal": "kvm-absent", "trouble": None}
 
+    class EngineError(Exception):
+        """What the native module raises."""
+
+    breakpoints: bool | None = True
+    """None: direct execution is not possible."""
+
+    @classmethod
+    def direct_execution(cls) -> bool:
+        if cls.breakpoints is None:
+            raise cls.EngineError("sandbox", "the host refuses seccomp")
+        return cls.breakpoints
+
 
 def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("bunshin.engine.native", lambda: Native)
@@ -172,6 +184,25 @@ def test_doctor(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     ):
         assert part in text
     assert text.endswith("verdict       machines can run here\n")
+
+
+@pytest.mark.parametrize(
+    ("breakpoints", "says"),
+    [
+        (True, "direct --engine direct (experimental) is possible verdict"),
+        (False, "is possible, but the host gives no breakpoints"),
+        (None, "direct no --engine direct: the host refuses seccomp verdict"),
+    ],
+)
+def test_doctor_on_direct_execution(
+    breakpoints: bool | None, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("bunshin.engine.native", lambda: Native)
+    monkeypatch.setattr("bunshin.engine.figures", Native.probe_kvm)
+    monkeypatch.setattr("bunshin.engine.create", lambda name, cpus: None)
+    monkeypatch.setattr(Native, "breakpoints", breakpoints)
+    assert main(["doctor"]) == 0
+    assert says in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_finds_trouble(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -93,13 +93,18 @@ pub enum Choice {
     Always,
 }
 
-/// Whether the host can make a sandbox.
-pub fn probe() -> Result<()> {
+/// Whether the host can make a sandbox. Tells whether it gives breakpoints for it as well:
+/// without them the translator runs all pages that may show the host.
+///
+/// # Errors
+/// What the host lacks.
+pub fn probe() -> Result<bool> {
     let (sandbox, handed) = Sandbox::new(&[], false)?;
     let whole = Frame::new(sandbox.shared(), handed.context).is_some();
-    whole
-        .then_some(())
-        .ok_or_else(|| EngineError::new("sandbox", "the host's signal frames are not as expected"))
+    if !whole {
+        return Err(EngineError::new("sandbox", "the host's signal frames are not as expected"));
+    }
+    Ok(guard::Guard::default().set(sandbox.pid(), 0x1000, &[0], 0).is_ok())
 }
 
 impl Direct {

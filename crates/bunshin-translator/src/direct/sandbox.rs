@@ -141,7 +141,10 @@ impl Sandbox {
         s.prepare(&stub, files.len(), no_tsc);
         let program = std::mem::replace(&mut s.listener, memfd(c"bunshin-none")?);
         s.pid = spawn(&program, &memory, files)?;
-        s.listener = s.take_listener()?;
+        s.listener = s.take_listener().map_err(|e| s.refusal().unwrap_or(e))?;
+        if let Some(refusal) = s.refusal() {
+            return Err(refusal);
+        }
         let flags = SYNC_WAKE_UP;
         // SAFETY: the listener's ioctl takes flags by value.
         if unsafe { libc::ioctl(s.listener.as_raw_fd(), SET_FLAGS as _, flags) } != 0 {
@@ -330,6 +333,26 @@ impl Sandbox {
                 return false;
             }
         }
+    }
+
+    /// What the host's kernel refused of the preparations.
+    fn refusal(&self) -> Option<EngineError> {
+        (0..self.commands).map(|n| COMMANDS + COMMAND * n).find_map(|at| {
+            let result = self.get(at + 56) as i64;
+            let what = match self.get(at) as i64 {
+                libc::SYS_seccomp => "seccomp with a listener, which takes Linux 6.0 or newer",
+                libc::SYS_close_range => "close_range, which takes Linux 5.9 or newer",
+                libc::SYS_prctl => "prctl",
+                _ => "a system call to set it up",
+            };
+            (-4095..0).contains(&result).then(|| {
+                let why = Error::from_raw_os_error(-result as i32);
+                EngineError::new(
+                    "sandbox",
+                    format!("a sandbox for direct execution: the host refuses {what}: {why}"),
+                )
+            })
+        })
     }
 
     /// The filter's listener is the only descriptor below the shared memory's.
