@@ -46,7 +46,7 @@ pub fn exempt(
             }
             (reserved | 2 == b).then_some("QEMU loads first where an instruction also stores")
         }
-        "error" if left[0] == 13 && a & 7 == 2 && a - 2 == (b - 2) * 2 => {
+        "error" if left[0] == 13 && a & 7 == 2 && b >= 2 && a - 2 == (b - 2) * 2 => {
             Some("QEMU counts bytes of 64-bit gates in selector errors, processors vectors")
         }
         _ if UPPER.contains(&name) && a == b | 0x20 => {
