@@ -12,6 +12,7 @@ import signal
 import subprocess
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -119,9 +120,14 @@ def _number(word: str) -> bool:
 
 
 def _used(pid: int) -> float:
-    """User and system seconds of a process and the children that it waited for."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return sum(int(fields[i]) for i in (11, 12, 13, 14)) / TICK
+    """User and system seconds of a process, its children and those that it waited for."""
+    ticks = 0
+    pids = [str(pid)]
+    for thread in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            pids += thread.read_text().split()
+    for one in pids:
+        with suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rpartition(")")[2].split()
+            ticks += sum(int(fields[i]) for i in (11, 12, 13, 14))
+    return ticks / TICK
