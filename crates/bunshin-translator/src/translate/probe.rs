@@ -75,6 +75,10 @@ impl Unit<'_> {
         if let (Some(s), Some(g)) = (spot, self.group) {
             if g.covers(&s) {
                 self.group = Some(Group { left: g.left.saturating_sub(1), ..g });
+                if self.hot {
+                    // Its slot was checked before another instruction: see `check`.
+                    self.point(self.flags == Flags::Host);
+                }
                 return self.covered(place, &s, &g);
             }
         }
