@@ -66,8 +66,6 @@ pub struct Heat {
     pub bounds: Vec<u32>,
     /// All slots of the block.
     pub taken: Vec<u32>,
-    /// It is one stretch that is a loop by itself.
-    pub single: bool,
     /// Slot whose count is the one of entries.
     pub entries: Option<u32>,
     pub lesson: Lesson,

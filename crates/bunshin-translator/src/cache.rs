@@ -3,8 +3,8 @@
 //! Translations are written through one mapping (read, write) and run through
 //! the other (read, execute), so no page can be written and executed at the
 //! same address. What runs often grows from the bottom, what runs seldom from the
-//! top, so that the host's instruction cache holds none of it. The memory is anonymous, since that is where `perf` expects
-//! code that somebody else names (`perf_map.rs`).
+//! top, so that the host's instruction cache holds none of it. The memory is anonymous,
+//! since that is where `perf` expects code that somebody else names (`perf_map.rs`).
 use bunshin_core::{EngineError, Result};
 
 pub struct CodeCache {

@@ -638,7 +638,8 @@ impl Vcpu {
             }
         }
         let entered = |most| h.entries.is_some_and(|n| often(n, most));
-        if h.single {
+        // Bounds are for the innermost loop alone.
+        if !h.bounds.is_empty() {
             lesson.short |= entered(SHORT);
         } else {
             lesson.straight |= entered(STRAIGHT);

@@ -393,56 +393,22 @@ impl Vcpu {
             return Err(Exception::gp());
         }
         let mut u = Unit {
-            a: std::mem::take(&mut self.asm),
-            v: self,
-            bytes: &window,
             base,
             span,
             neighbour,
-            reached: false,
-            bits,
-            mode,
-            rip,
-            order: Vec::new(),
-            place: 0,
-            at: rip,
-            stack: 0,
-            homes: Homes::default(),
-            pinned_slots: Vec::new(),
-            pins: Vec::new(),
-            bounds: Vec::new(),
-            flags: Flags::Host,
             points: kept.points,
             sites: kept.sites,
-            relied: Vec::new(),
-            patches: Vec::new(),
-            live_out: ALL,
-            info: factory,
-            probed: false,
-            ahead: 0,
-            group: None,
             hot,
-            slots: Vec::new(),
-            taken: Vec::new(),
-            slots_of: None,
             lesson,
-            entries: None,
-            cache: [None; 3],
-            recipe: None,
-            items: &[],
-            now: 0,
-            bounce: false,
-            guest: 0,
             code_limit,
-            reach: 0,
+            ..Unit::new(self, &window, (bits, mode), rip, factory)
         };
-        u.a.clear();
         let mut plan = vec![Stretch { ip: rip, items, live_out: ALL, short: false }];
-        let mut single = false;
-        if hot && !u.lesson.straight {
+        let mut settled = !hot || u.lesson.straight;
+        if !settled {
             u.explore(&mut plan, gpa);
-            single = !u.lesson.short && second.is_none() && u.narrow(&mut plan);
-            if !single {
+            settled = !u.lesson.short && second.is_none() && u.narrow(&mut plan);
+            if !settled {
                 Unit::focus(&mut plan);
             }
         }
@@ -455,7 +421,7 @@ impl Vcpu {
         } else {
             u.liveness(&mut plan, second.is_some());
         }
-        if hot && !u.lesson.straight && !single {
+        if !settled {
             u.settle(&plan, false);
         }
         u.order = plan.iter().map(|s| s.ip).collect();
@@ -540,7 +506,7 @@ impl Vcpu {
             moved: homes.moved().into(),
             patches: patches.iter().map(|&(l, p)| Patch { host: place(l), ..p }).collect(),
             seen: 0,
-            heat: hot.then_some(Heat { since: started, slots, bounds, taken, single, entries, lesson }),
+            heat: hot.then_some(Heat { since: started, slots, bounds, taken, entries, lesson }),
         });
         self.blocks.index.insert(key, id);
         for page in [Some(page), second.map(|s| s.page)].into_iter().flatten() {
@@ -584,9 +550,32 @@ impl Vcpu {
             self.flush_code();
         }
         let mode = self.mode();
-        let mut u = Unit {
-            a: std::mem::take(&mut self.asm),
-            v: self,
+        let info = InstructionInfoFactory::new();
+        let mut u = Unit { bounce: true, ..Unit::new(self, bytes, (bits, mode), insn.ip(), info) };
+        u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
+        u.claim_all();
+        u.a.jmp_abs(u.v.stubs.snippet_end);
+        self.asm = u.a;
+        let at = self.asm.put(&mut self.cache);
+        self.snippets.insert(key, at);
+        at
+    }
+}
+
+impl<'a> Unit<'a> {
+    /// Nothing translated yet, of code in `bytes` that begins at `rip`.
+    fn new(
+        v: &'a mut Vcpu,
+        bytes: &'a [u8],
+        (bits, mode): (u32, u32),
+        rip: u64,
+        info: InstructionInfoFactory,
+    ) -> Self {
+        let mut a = std::mem::take(&mut v.asm);
+        a.clear();
+        Self {
+            a,
+            v,
             bytes,
             base: 0,
             span: 0,
@@ -594,10 +583,10 @@ impl Vcpu {
             reached: false,
             bits,
             mode,
-            rip: insn.ip(),
+            rip,
             order: Vec::new(),
             place: 0,
-            at: insn.ip(),
+            at: rip,
             stack: 0,
             homes: Homes::default(),
             pinned_slots: Vec::new(),
@@ -609,7 +598,7 @@ impl Vcpu {
             relied: Vec::new(),
             patches: Vec::new(),
             live_out: ALL,
-            info: InstructionInfoFactory::new(),
+            info,
             probed: false,
             ahead: 0,
             group: None,
@@ -623,23 +612,13 @@ impl Vcpu {
             recipe: None,
             items: &[],
             now: 0,
-            bounce: true,
+            bounce: false,
             guest: 0,
             code_limit: u64::MAX,
             reach: 0,
-        };
-        u.a.clear();
-        u.generic(&Item::new(*insn, 0, &mut InstructionInfoFactory::new()));
-        u.claim_all();
-        u.a.jmp_abs(u.v.stubs.snippet_end);
-        self.asm = u.a;
-        let at = self.asm.put(&mut self.cache);
-        self.snippets.insert(key, at);
-        at
+        }
     }
-}
 
-impl<'a> Unit<'a> {
     fn wide(&self) -> bool {
         self.bits == 64
     }
