@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from . import status
-from .options import Option, UsageError, Values, Verb
+from .options import Option, UsageError, Values, Verb, one_of
 
 
 def number(value: str) -> int:
@@ -49,6 +49,7 @@ VERB = Verb(
             "FAULT",
             "Let the translated side do something wrong, to see it found: wrong-flag, "
             "fault-address, stale-code, stale-tlb or lost-window.",
+            one_of("wrong-flag", "fault-address", "stale-code", "stale-tlb", "lost-window"),
         ),
     ),
     notes="""\

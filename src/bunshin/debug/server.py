@@ -407,8 +407,7 @@ def _listen(address: Address) -> tuple[socket.socket, Address]:
             listener.listen(1)
         except OSError as error:
             listener.close()
-            error.filename = address.path
-            raise
+            raise ConfigError("gdb-address", f"gdb: {address}: {error.strerror}") from error
         return listener, address
     try:
         (family, kind, protocol, _, where), *_ = socket.getaddrinfo(
